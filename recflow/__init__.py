@@ -1,0 +1,1 @@
+"""A text-based recommender from raw click logs to an evaluated, affordable model."""

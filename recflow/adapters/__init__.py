@@ -1,0 +1,1 @@
+"""Where recflow touches the world: storage, tracking, downloads."""

@@ -1,0 +1,1 @@
+"""Smaller versions of a trained model, and what they lose."""

@@ -1,0 +1,1 @@
+"""From raw logs to the two tables, features and splits."""

@@ -1,0 +1,1 @@
+"""Readers of log formats; each yields the same two tables."""

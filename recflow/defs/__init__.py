@@ -1,0 +1,1 @@
+"""Dagster glue, one folder a stage."""

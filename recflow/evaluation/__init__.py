@@ -1,0 +1,1 @@
+"""Metrics, baselines, significance, and the report."""

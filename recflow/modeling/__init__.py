@@ -1,0 +1,1 @@
+"""The text encoder, the user model, and their training."""

@@ -70,9 +70,8 @@ class Cleaned:
 def clean_items(raw: pl.DataFrame) -> Cleaned:
     """Clean items: text normalised, ids unique, nothing without text.
 
-    An item with a body but no title stays: the first words of the body become its title, so the
-    text an encoder reads is the same. Blank categories become null, impossible publication times
-    too (counted).
+    An item with a body but no title stays: the first words of the body become its title (counted).
+    Blank categories become null, impossible publication times too (counted).
 
     Args:
         raw: Items as read, with the columns and types of the contract ``ITEMS`` and any values.
@@ -102,8 +101,14 @@ def clean_items(raw: pl.DataFrame) -> Cleaned:
     }
     opening = rf"^\S+(?: \S+){{0,{TITLE_WORDS_FROM_BODY - 1}}}"
     rows = rows.with_columns(
-        pl.when(untitled).then(body.str.extract(f"({opening})")).otherwise(title).alias("title"),
-        pl.when(untitled).then(body.str.replace(f"{opening} ?", "")).otherwise(body).alias("body"),
+        pl.when(untitled)
+        .then(body.str.extract(f"({opening})"))
+        .otherwise(title)
+        .alias(Columns.TITLE),
+        pl.when(untitled)
+        .then(body.str.replace(f"{opening} ?", ""))
+        .otherwise(body)
+        .alias(Columns.BODY),
     )
     rows, unusable = _judge(
         rows,
@@ -280,7 +285,7 @@ def _without_unknown(
         rows = rows.with_columns(
             pl.when(pl.col(_POSITION).is_null())
             .then(rating)
-            .otherwise(rating.list.gather(_POSITION))
+            .otherwise(rating.list.gather(pl.col(_POSITION)))
         )
     return (
         rows.drop(_ID, _POSITION),

@@ -1,0 +1,90 @@
+"""The result as plain text, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from recflow.core.measurement import Measurement
+from recflow.evaluation.evaluator import BOARDS, Board, Estimate, Evaluation, ScorerResult
+from recflow.evaluation.metrics import METRICS
+from recflow.evaluation.report.context import ReportContext
+
+_NONE = "–"
+
+
+def result_table(
+    evaluation: Evaluation, measurements: Sequence[Measurement], context: ReportContext
+) -> str:
+    """One table a board, one row a scorer, best first; no trailing newline.
+
+    Args:
+        evaluation: The results.
+        measurements: What the models cost, each named like its scorer.
+        context: Names the report and the data.
+    """
+    costs = {measurement.name: measurement for measurement in measurements}
+    counts, config = evaluation.counts, evaluation.config
+    heading = (
+        f"{context.title} – {context.data_name}\n"
+        f"{counts.evaluated:,} test impressions of {counts.users:,} users; "
+        f"{config.confidence:.0%} intervals from {config.bootstrap_samples:,} resamples of "
+        f"{config.cluster}s"
+    )
+    tables = [_board_table(evaluation, board, costs) for board in BOARDS if evaluation.board(board)]
+    return "\n\n".join([heading, *tables])
+
+
+def _board_table(evaluation: Evaluation, board: Board, costs: dict[str, Measurement]) -> str:
+    primary = evaluation.config.primary_metric
+    reference = evaluation.config.references.get(board)
+    others = [name for name in ("auc", "mrr", "ndcg@10") if name != primary]
+    header = [board, METRICS[primary].label, *(METRICS[name].label for name in others)]
+    header += [f"vs {reference}" if reference else "", "size", "p50 batch 1"]
+    lines = [header]
+    for result in evaluation.board(board):
+        lines.append(
+            [
+                result.name,
+                _with_interval(result.metrics[primary], ".4f"),
+                *(f"{result.metrics[name].value:.4f}" for name in others),
+                _difference(result, primary),
+                *_cost(costs.get(result.name)),
+            ]
+        )
+    return _aligned(lines)
+
+
+def _difference(result: ScorerResult, metric: str) -> str:
+    if result.reference is None or metric not in result.reference.differences:
+        return _NONE
+    return _with_interval(result.reference.differences[metric], "+.4f")
+
+
+def _with_interval(estimate: Estimate, spec: str) -> str:
+    if estimate.low is None or estimate.high is None:
+        return format(estimate.value, spec)
+    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
+
+
+def _cost(measurement: Measurement | None) -> list[str]:
+    if measurement is None:
+        return [_NONE, _NONE]
+    single = [latency.p50 for latency in measurement.latencies if latency.batch_size == 1]
+    return [
+        f"{measurement.size_bytes / 1e6:.1f} MB",
+        f"{single[0]:.2f} ms" if single else _NONE,
+    ]
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """Pad the cells: names to the left, everything else to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    rows.insert(1, "  ".join("─" * width for width in widths))
+    return "\n".join(rows)

@@ -254,7 +254,7 @@ def _closing_sensor(
         run_status=dagster_status,
         # Without it, a run whose process was killed would stay RUNNING in MLflow.
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description=f"Ends MLflow runs as {mlflow_status} whose Dagster run is {dagster_status.value}.",
+        description=f"Ends MLflow runs of {dagster_status.value} Dagster runs as {mlflow_status}.",
     )
     def close(context: dg.RunStatusSensorContext, mlflow: dg.ResourceParam[Any]) -> None:
         run = context.dagster_run

@@ -1,0 +1,166 @@
+"""Models as artifacts: each is made from a stored snapshot and its parent, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast
+
+from recflow.adapters.artifact_store import ArtifactStore
+from recflow.adapters.snapshots import TEST, Snapshot, load_snapshot
+from recflow.compression.prune import PruningConfig, PruningReport, prune_ranker
+from recflow.compression.quantize import QuantizationConfig, QuantizationReport, quantize_ranker
+from recflow.core.artifacts import Artifact, Draft, JsonValue, sha256_of
+from recflow.core.errors import ArtifactError
+from recflow.modeling.tracking import Tracker
+from recflow.modeling.trainer import TrainingConfig, TrainingReport, train_ranker
+
+FINE_TUNED = "models/fine_tuned"
+PRUNED = "models/pruned"
+QUANTIZED = "models/quantized"
+
+
+def build_fine_tuned(
+    store: ArtifactStore,
+    snapshot: str,
+    *,
+    base_model: Path,
+    config: TrainingConfig,
+    tracker: Tracker,
+    code_version: str,
+    rebuild: bool = False,
+) -> Artifact:
+    """Fine-tune the pretrained encoder on a snapshot and store the ranker.
+
+    Raises:
+        ArtifactError: The pretrained encoder or the snapshot is missing or not whole.
+    """
+    data = load_snapshot(store, snapshot)
+
+    def train(output: Path) -> TrainingReport:
+        return train_ranker(
+            items=data.items,
+            train=data.splits.train,
+            validation=data.splits.validation,
+            base_model=base_model,
+            output=output,
+            config=config,
+            tracker=tracker,
+        )
+
+    return _build(
+        store,
+        FINE_TUNED,
+        snapshot,
+        train,
+        parents=_without_test(data),
+        config={**asdict(config), "base_model_sha256": _weights_hash(base_model)},
+        code_version=code_version,
+        rebuild=rebuild,
+    )
+
+
+def build_pruned(
+    store: ArtifactStore,
+    snapshot: str,
+    *,
+    config: PruningConfig,
+    tracker: Tracker,
+    code_version: str,
+    rebuild: bool = False,
+) -> Artifact:
+    """Prune the fine-tuned ranker of a snapshot and store the smaller one."""
+    data = load_snapshot(store, snapshot)
+    parent = store.get(FINE_TUNED, snapshot)
+
+    def prune(output: Path) -> PruningReport:
+        return prune_ranker(
+            parent=parent.path,
+            output=output,
+            items=data.items,
+            train=data.splits.train,
+            validation=data.splits.validation,
+            config=config,
+            tracker=tracker,
+        )
+
+    return _build(
+        store,
+        PRUNED,
+        snapshot,
+        prune,
+        parents={**_without_test(data), FINE_TUNED: parent},
+        config={**asdict(config)},
+        code_version=code_version,
+        rebuild=rebuild,
+    )
+
+
+def build_quantized(
+    store: ArtifactStore,
+    snapshot: str,
+    *,
+    config: QuantizationConfig,
+    code_version: str,
+    rebuild: bool = False,
+) -> Artifact:
+    """Quantize the fine-tuned ranker of a snapshot to int8 and store the ONNX model."""
+    data = load_snapshot(store, snapshot)
+    parent = store.get(FINE_TUNED, snapshot)
+
+    def quantize(output: Path) -> QuantizationReport:
+        return quantize_ranker(parent=parent.path, output=output, items=data.items, config=config)
+
+    return _build(
+        store,
+        QUANTIZED,
+        snapshot,
+        quantize,
+        parents={**_without_test(data), FINE_TUNED: parent},
+        config={**asdict(config)},
+        code_version=code_version,
+        rebuild=rebuild,
+    )
+
+
+def _build(
+    store: ArtifactStore,
+    key: str,
+    snapshot: str,
+    make: Callable[[Path], TrainingReport | PruningReport | QuantizationReport],
+    *,
+    parents: Mapping[str, Artifact],
+    config: Mapping[str, JsonValue],
+    code_version: str,
+    rebuild: bool,
+) -> Artifact:
+    def build(draft: Draft) -> None:
+        # The report holds timings; as facts they stay out of the digest, so that the same inputs
+        # give the same digest however fast the machine was.
+        draft.facts |= cast("dict[str, JsonValue]", asdict(make(draft.path)))
+
+    return store.build(
+        key,
+        snapshot,
+        build,
+        code_version=code_version,
+        parents=parents,
+        config=config,
+        rebuild=rebuild,
+    )
+
+
+def _without_test(data: Snapshot) -> dict[str, Artifact]:
+    """What a model may be made from: a model never depends on the test split."""
+    return {key: artifact for key, artifact in data.artifacts.items() if key != TEST}
+
+
+def _weights_hash(base_model: Path) -> str:
+    weights = base_model / "model.safetensors"
+    if not weights.is_file():
+        raise ArtifactError(
+            f"the pretrained encoder {base_model} has no model.safetensors; fetch it with "
+            "`recflow data fetch minilm` or set RECFLOW_BASE_MODEL to a folder that has one"
+        )
+    return sha256_of(weights)

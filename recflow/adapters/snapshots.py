@@ -1,0 +1,153 @@
+"""Training snapshots: a window of validated days, split by time, stored as four artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cache
+
+import polars as pl
+
+from recflow.adapters.artifact_store import ArtifactStore
+from recflow.adapters.parquet_io import Table, read_frame, read_frames, write_table
+from recflow.adapters.validations import require_valid
+from recflow.core.artifacts import Artifact, Draft, JsonValue
+from recflow.core.columns import IMPRESSION_FEATURES, ITEM_FEATURES, Columns
+from recflow.core.errors import SourceError
+from recflow.data.split import SplitConfig, Splits, missing_days, split_by_time
+
+TRAIN = "splits/train"
+VALIDATION = "splits/validation"
+TEST = "splits/test"
+ITEMS = "splits/items"
+SPLIT_KEYS = (TRAIN, VALIDATION, TEST, ITEMS)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A stored snapshot, loaded: the catalogue and the three splits."""
+
+    items: pl.DataFrame
+    splits: Splits
+    artifacts: Mapping[str, Artifact]
+
+
+def build_snapshot(
+    store: ArtifactStore,
+    snapshot: str,
+    *,
+    impressions_key: str,
+    items_key: str,
+    window: Sequence[str],
+    config: SplitConfig,
+    code_version: str,
+    rebuild: bool = False,
+) -> dict[str, Artifact]:
+    """Read the window's validated days, extend the histories, split by time, and store the splits.
+
+    Args:
+        store: Where the days are read and the splits are written.
+        snapshot: Partition key of the snapshot: the last day of the window.
+        impressions_key: Artifact key of the impression features.
+        items_key: Artifact key of the item features.
+        window: Partition keys of the window's days, oldest first.
+        config: Lengths of the splits and of the histories.
+        code_version: Version of the splitting code.
+        rebuild: Build also what is already stored.
+
+    Returns:
+        The artifacts of :data:`SPLIT_KEYS`, by key.
+
+    Raises:
+        SourceError: No day of the window is stored.
+        ContractError: A day of the window is not validated, or failed its validation.
+    """
+    impressions = store.existing(impressions_key, window)
+    items = store.existing(items_key, window)
+    if not impressions or not items:
+        raise SourceError(
+            f"snapshot {snapshot} has no day to read from {window[0]} to {window[-1]}; "
+            f"materialise {impressions_key} and {items_key} for that window first"
+        )
+    require_valid(store, impressions_key, impressions)
+    require_valid(store, items_key, items)
+    present = {date.fromisoformat(day) for day in impressions}
+    last_day = date.fromisoformat(snapshot)
+    missing = missing_days(present, last_day=last_day, window_days=config.window_days)
+    tables = cache(lambda: _tables(impressions, items, last_day, config))
+    parents = {
+        **{f"{impressions_key}/{day}": artifact for day, artifact in impressions.items()},
+        **{f"{items_key}/{day}": artifact for day, artifact in items.items()},
+    }
+
+    def build(key: str) -> Artifact:
+        def write(draft: Draft) -> None:
+            write_table(draft, tables()[key])
+            draft.facts |= {
+                "days_in_window": len(window),
+                "days_present": len(present),
+                "days_missing": len(missing),
+                "missing_days": [day.isoformat() for day in missing],
+            }
+
+        return store.build(
+            key,
+            snapshot,
+            write,
+            code_version=code_version,
+            parents=parents,
+            config=_as_json(config),
+            rebuild=rebuild,
+        )
+
+    return {key: build(key) for key in SPLIT_KEYS}
+
+
+def load_snapshot(store: ArtifactStore, snapshot: str) -> Snapshot:
+    """Load a stored snapshot.
+
+    Raises:
+        ArtifactError: A part of it is missing or altered.
+    """
+    artifacts = {key: store.get(key, snapshot) for key in SPLIT_KEYS}
+    frames = {key: read_frame(artifact) for key, artifact in artifacts.items()}
+    splits = Splits(frames[TRAIN], frames[VALIDATION], frames[TEST])
+    return Snapshot(frames[ITEMS], splits, artifacts)
+
+
+def _tables(
+    impressions: Mapping[str, Artifact],
+    items: Mapping[str, Artifact],
+    last_day: date,
+    config: SplitConfig,
+) -> dict[str, Table]:
+    window = read_frames(impressions.values(), IMPRESSION_FEATURES)
+    splits = split_by_time(window, last_day=last_day, config=config)
+    return {
+        TRAIN: _split_table(splits.train),
+        VALIDATION: _split_table(splits.validation),
+        TEST: _split_table(splits.test),
+        ITEMS: Table(_newest_of_each_item(items)),
+    }
+
+
+def _newest_of_each_item(items: Mapping[str, Artifact]) -> pl.DataFrame:
+    """The catalogue of the window: of each item the row of the newest day that has it."""
+    stacked = read_frames((items[day] for day in sorted(items)), ITEM_FEATURES)
+    return stacked.unique(Columns.ITEM_ID, keep="last").sort(Columns.ITEM_ID)
+
+
+def _split_table(frame: pl.DataFrame) -> Table:
+    return Table(
+        frame,
+        facts={
+            "users": frame[Columns.USER_ID].n_unique(),
+            "clicks": int(frame[Columns.CLICK_COUNT].sum()),
+            "cold_impressions": frame.filter(pl.col(Columns.HISTORY_LENGTH) == 0).height,
+        },
+    )
+
+
+def _as_json(config: SplitConfig) -> dict[str, JsonValue]:
+    return {**asdict(config)}

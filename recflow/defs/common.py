@@ -1,0 +1,147 @@
+"""What the stages share: partition keys, owners, and metadata people look at."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import dagster as dg
+
+from recflow.core.artifacts import Artifact, JsonValue
+from recflow.core.columns import Column, TableContract
+from recflow.data.split import Claim
+
+OWNERS = ["team:recommendation"]
+
+
+class Rebuild(dg.Config):
+    """Work that is already stored is reused unless this says otherwise."""
+
+    rebuild: bool = False
+
+
+def column_schema(contract: TableContract) -> dg.TableSchema:
+    """Show a table contract as Dagster's column schema."""
+    return dg.TableSchema(columns=[_table_column(column) for column in contract.columns])
+
+
+def table_metadata(contract: TableContract) -> dict[str, dg.TableSchema]:
+    """Definition metadata of an asset that is a table."""
+    return {"dagster/column_schema": column_schema(contract)}
+
+
+def artifact_metadata(artifact: Artifact) -> dict[str, dg.MetadataValue]:
+    """What is worth seeing of any artifact: its facts, size, digest and place."""
+    facts = {name: _as_metadata(value) for name, value in artifact.facts.items()}
+    return {
+        **facts,
+        "digest": dg.MetadataValue.text(artifact.digest),
+        "size_bytes": dg.MetadataValue.int(artifact.manifest.bytes),
+        "path": dg.MetadataValue.path(artifact.path),
+        "reused": dg.MetadataValue.bool(artifact.reused),
+    }
+
+
+def days_result(
+    context: dg.AssetExecutionContext, built: Mapping[str, Artifact]
+) -> dg.MaterializeResult:
+    """Report a daily table: each day's counts on its partition, the totals on the run."""
+    key = context.asset_key
+    for day, artifact in built.items():
+        context.add_asset_metadata(
+            {
+                "dagster/partition_row_count": _count(artifact, "rows"),
+                **artifact_metadata(artifact),
+            },
+            asset_key=key,
+            partition_key=day,
+        )
+    missing = [day for day in context.partition_keys if day not in built]
+    totals: dict[str, dg.MetadataValue] = {
+        "days": dg.MetadataValue.int(len(built)),
+        "days_without_data": dg.MetadataValue.int(len(missing)),
+        "rows_in_run": dg.MetadataValue.int(sum(_count(a, "rows") for a in built.values())),
+        "days_reused": dg.MetadataValue.int(sum(a.reused for a in built.values())),
+    }
+    if missing:
+        totals["missing_days"] = dg.MetadataValue.text(", ".join(missing))
+    return dg.MaterializeResult(asset_key=key, metadata=totals)
+
+
+def artifact_result(
+    key: str, artifact: Artifact, extra: Mapping[str, object] | None = None
+) -> dg.MaterializeResult:
+    """Report one artifact, with its digest as the data version."""
+    return dg.MaterializeResult(
+        asset_key=dg.AssetKey(key.split("/")),
+        metadata={**artifact_metadata(artifact), **(extra or {})},
+        data_version=dg.DataVersion(artifact.digest),
+    )
+
+
+def claim_result(key: str, claim: Claim) -> dg.AssetCheckResult:
+    """Report a claim about an asset as an asset check."""
+    return dg.AssetCheckResult(
+        asset_key=dg.AssetKey(key.split("/")),
+        check_name=claim.name,
+        passed=claim.holds,
+        description=claim.description,
+        metadata={
+            **{name: _as_metadata(value) for name, value in claim.facts.items()},
+            "examples": dg.MetadataValue.json(claim.examples),
+        },
+    )
+
+
+def link_to(path: Path) -> dg.MetadataValue:
+    """A link that opens a local file."""
+    return dg.MetadataValue.url(path.absolute().as_uri())
+
+
+def counts_table(title: str, counts: Mapping[str, int]) -> dg.MetadataValue:
+    """A small Markdown table of counts."""
+    lines = [f"| {title} | rows |", "|---|---:|", *(f"| {k} | {v:,} |" for k, v in counts.items())]
+    return dg.MetadataValue.md("\n".join(lines))
+
+
+def total_counts(artifacts: Iterable[Artifact], fact: str) -> dict[str, int]:
+    """Add up a fact that holds counts by name, most frequent first."""
+    totals: dict[str, int] = {}
+    for artifact in artifacts:
+        counts = artifact.facts.get(fact)
+        for name, count in (counts if isinstance(counts, dict) else {}).items():
+            totals[name] = totals.get(name, 0) + _int(count)
+    return dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
+
+
+def keys_of(specs: Sequence[str]) -> list[dg.AssetKey]:
+    """Asset keys from their slash-separated names."""
+    return [dg.AssetKey(name.split("/")) for name in specs]
+
+
+def _table_column(column: Column) -> dg.TableColumn:
+    constraints = dg.TableColumnConstraints(nullable=column.nullable, unique=column.unique)
+    return dg.TableColumn(
+        column.name, str(column.dtype), description=column.description, constraints=constraints
+    )
+
+
+def _count(artifact: Artifact, fact: str) -> int:
+    return _int(artifact.facts.get(fact, 0))
+
+
+def _int(value: JsonValue) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _as_metadata(value: object) -> dg.MetadataValue:
+    match value:
+        case bool():
+            return dg.MetadataValue.bool(value)
+        case int():
+            return dg.MetadataValue.int(value)
+        case float():
+            return dg.MetadataValue.float(value)
+        case str():
+            return dg.MetadataValue.text(value)
+        case _:
+            return dg.MetadataValue.json(value)

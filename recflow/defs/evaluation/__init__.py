@@ -1,0 +1,1 @@
+"""Predictions, measurements and the report."""

@@ -1,0 +1,23 @@
+"""Jobs people start by name: ingest a day, train a snapshot, or all of it."""
+
+import dagster as dg
+
+INGEST_GROUPS = ("ingest", "prepare", "features")
+TRAIN_GROUPS = ("splits", "models", "evaluation")
+
+ingest_job = dg.define_asset_job(
+    "ingest",
+    selection=dg.AssetSelection.groups(*INGEST_GROUPS),
+    description="Raw logs to validated features, for one day or a range of days in one run.",
+)
+train_job = dg.define_asset_job(
+    "train",
+    selection=dg.AssetSelection.groups(*TRAIN_GROUPS),
+    description="Split, train, compress and evaluate the snapshot that ends with the day.",
+)
+full_job = dg.define_asset_job(
+    "full",
+    selection=dg.AssetSelection.groups(*INGEST_GROUPS, *TRAIN_GROUPS),
+    description="Everything for one day: ingest it, then train the snapshot that ends with it.",
+)
+JOBS = [ingest_job, train_job, full_job]

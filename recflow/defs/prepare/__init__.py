@@ -1,0 +1,1 @@
+"""Cleaned tables and the quarantine."""

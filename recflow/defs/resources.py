@@ -1,0 +1,68 @@
+"""What assets work with: the store and the logs, configured from the settings."""
+
+from pathlib import Path
+
+import dagster as dg
+
+from recflow.adapters.artifact_store import ArtifactStore
+from recflow.data.sources import open_source
+from recflow.data.sources.base import Source
+from recflow.settings import load_settings
+
+settings = load_settings()
+
+
+class StoreResource(dg.ConfigurableResource):
+    """Where tables, models and reports are stored."""
+
+    root: str
+
+    def open(self) -> ArtifactStore:
+        """Return the store."""
+        return ArtifactStore(Path(self.root))
+
+
+class LogsResource(dg.ConfigurableResource):
+    """The raw logs that are read."""
+
+    source: str
+    directory: str
+
+    def open(self) -> Source:
+        """Return the reader of the logs.
+
+        Raises:
+            SourceError: The folder is missing or not of the announced format.
+        """
+        return open_source(self.source, Path(self.directory))
+
+
+class BaseModelResource(dg.ConfigurableResource):
+    """The pretrained text encoder that fine-tuning starts from."""
+
+    directory: str
+    threads: int
+
+    @property
+    def path(self) -> Path:
+        """Folder of the pretrained encoder."""
+        return Path(self.directory)
+
+
+def make_resources() -> dict[str, object]:
+    """Build the resources of the deployment described by the settings."""
+    from recflow.defs.tracking import mlflow_resource
+
+    return {
+        "store": StoreResource(root=str(settings.store_dir.absolute())),
+        "logs": LogsResource(source=settings.source, directory=str(settings.source_dir.absolute())),
+        "base_model": BaseModelResource(
+            directory=str(settings.base_model.absolute()), threads=settings.threads
+        ),
+        "mlflow": mlflow_resource.configured(
+            {
+                "tracking_uri": settings.mlflow_uri,
+                "experiment_name": settings.mlflow_experiment,
+            }
+        ),
+    }

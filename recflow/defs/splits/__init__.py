@@ -1,0 +1,1 @@
+"""Training snapshots: a window of days split by time."""

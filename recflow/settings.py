@@ -1,0 +1,159 @@
+"""Settings from the environment: where the logs are, where results go, how the days are cut.
+
+Values come from ``RECFLOW_*`` environment variables, then from the file named by
+``RECFLOW_ENV_FILE`` (default ``.env`` in the working directory), then from the defaults, which
+describe the sample in ``data/sample``. An unknown ``RECFLOW_*`` key is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+from zoneinfo import ZoneInfo
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from recflow.core.errors import ConfigError
+
+ENV_PREFIX = "RECFLOW_"
+ENV_FILE_VARIABLE = "RECFLOW_ENV_FILE"
+DEFAULT_ENV_FILE = ".env"
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class Settings(BaseSettings):
+    """Everything that differs between two deployments of the same code."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
+
+    source: Literal["simulated", "mind", "ebnerd", "movielens"] = Field(
+        "simulated", description="Format of the raw logs"
+    )
+    source_dir: Path = Field(
+        PROJECT_ROOT / "data" / "sample", description="Folder the raw logs are read from"
+    )
+    home: Path = Field(
+        PROJECT_ROOT / ".recflow" / "sample",
+        description="Folder that everything recflow writes is below",
+    )
+    base_model: Path = Field(
+        PROJECT_ROOT / "data" / "base_models" / "all-MiniLM-L6-v2",
+        description="Folder of the pretrained encoder (config.json, model.safetensors, tokenizer)",
+    )
+    first_day: date = Field(date(2026, 1, 1), description="First day (UTC) of the logs")
+    last_day: date | None = Field(
+        None, description="Last day of logs that have ended; unset for logs that go on"
+    )
+    window_days: int = Field(14, ge=3, description="Days a training snapshot reads")
+    validation_days: int = Field(1, ge=1, description="Days of the window kept for validation")
+    test_days: int = Field(1, ge=1, description="Newest days of the window kept for testing")
+    max_history: int = Field(50, ge=1, le=1000, description="Clicks of a user's history kept")
+    seed: int = Field(0, ge=0, description="Seed every random choice is derived from")
+    threads: int = Field(
+        default_factory=lambda: len(os.sched_getaffinity(0)),
+        ge=1,
+        description="Threads of training and scoring; the same number repeats the same result",
+    )
+    mlflow_tracking_uri: str = Field(
+        "", description="MLflow server or database; empty: SQLite below the home folder"
+    )
+    mlflow_experiment: str = Field("recflow", min_length=1, description="MLflow experiment")
+    timezone: str = Field("UTC", description="IANA time zone of the nightly schedule")
+    nightly_hour: int = Field(3, ge=0, le=23, description="Hour the nightly schedule runs at")
+    nightly_minute: int = Field(0, ge=0, le=59, description="Minute the nightly schedule runs at")
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_timezone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (KeyError, ValueError, OSError) as error:
+            raise ValueError("allowed: an IANA time zone such as Europe/Copenhagen") from error
+        return value
+
+    @model_validator(mode="after")
+    def _days_fit(self) -> Settings:
+        if self.last_day is not None and self.last_day < self.first_day:
+            raise ValueError(
+                f"last_day {self.last_day} is before first_day {self.first_day}; "
+                "allowed: last_day on or after first_day"
+            )
+        if self.validation_days + self.test_days >= self.window_days:
+            raise ValueError(
+                f"validation_days {self.validation_days} + test_days {self.test_days} leave no day "
+                f"of window_days {self.window_days} to train on; "
+                "allowed: validation_days + test_days < window_days"
+            )
+        return self
+
+    @property
+    def store_dir(self) -> Path:
+        """Where tables and artifacts are stored."""
+        return self.home / "store"
+
+    @property
+    def mlflow_uri(self) -> str:
+        """The MLflow tracking URI in force."""
+        default = f"sqlite:///{(self.home / 'mlflow' / 'mlflow.db').absolute()}"
+        return self.mlflow_tracking_uri or default
+
+    def to_env(self) -> str:
+        """Serialise as the lines of an env file; relative folders become absolute."""
+        lines: list[str] = []
+        for name, value in self:
+            if value is None:
+                continue
+            text = str(value.absolute()) if isinstance(value, Path) else str(value)
+            lines.append(f"{ENV_PREFIX}{name.upper()}={text}")
+        return "\n".join(lines) + "\n"
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the settings.
+
+    Args:
+        overrides: Values that win over environment and file.
+
+    Raises:
+        ConfigError: A key is unknown or a value not allowed; names the key, the value and what is
+            allowed.
+    """
+    env_file = os.environ.get(ENV_FILE_VARIABLE, DEFAULT_ENV_FILE)
+    if ENV_FILE_VARIABLE in os.environ and not Path(env_file).is_file():
+        raise ConfigError.of(ENV_FILE_VARIABLE, env_file, "an existing file")
+    _refuse_unknown(os.environ.keys(), "environment")
+    _refuse_unknown(_keys_of(Path(env_file)), env_file)
+    try:
+        return Settings(_env_file=env_file, **overrides)  # pyright: ignore[reportCallIssue]
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def _keys_of(env_file: Path) -> list[str]:
+    if not env_file.is_file():
+        return []
+    lines = (line.strip() for line in env_file.read_text(encoding="utf-8").splitlines())
+    return [line.split("=", 1)[0].strip() for line in lines if line and not line.startswith("#")]
+
+
+def _refuse_unknown(keys: Any, where: str) -> None:
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | {ENV_FILE_VARIABLE}
+    unknown = sorted(k for k in keys if k.upper().startswith(ENV_PREFIX) and k.upper() not in known)
+    if unknown:
+        raise ConfigError(f"unknown setting {unknown[0]} in {where}; known: {sorted(known)}")
+
+
+def _sentence(error: ValidationError) -> str:
+    parts: list[str] = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if name:
+            key = ENV_PREFIX + name.upper()
+            parts.append(f"{key} = {problem['input']!r} is not allowed: {message}")
+        else:
+            parts.append(message)
+    return "; ".join(parts)

@@ -1,0 +1,104 @@
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from recflow.core.errors import ConfigError
+from recflow.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("RECFLOW_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_defaults_describe_the_sample() -> None:
+    settings = load_settings()
+    assert settings.source == "simulated"
+    assert (settings.source_dir / "behaviors.tsv").is_file()
+    assert settings.mlflow_uri.startswith("sqlite:///")
+
+
+def test_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("RECFLOW_WINDOW_DAYS=9\nRECFLOW_SEED=4\nOTHER=1\n")
+    monkeypatch.setenv("RECFLOW_SEED", "5")
+    settings = load_settings()
+    assert (settings.window_days, settings.seed) == (9, 5)
+
+
+def test_env_file_round_trip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = load_settings(
+        source="mind", last_day=date(2026, 1, 20), home=tmp_path / "a b", source_dir=tmp_path
+    )
+    file = tmp_path / "recflow.env"
+    file.write_text(settings.to_env())
+    monkeypatch.setenv("RECFLOW_ENV_FILE", str(file))
+    assert load_settings() == settings
+
+
+def test_env_file_that_is_named_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECFLOW_ENV_FILE", "nowhere.env")
+    with pytest.raises(ConfigError, match=r"RECFLOW_ENV_FILE = 'nowhere.env'.*existing file"):
+        load_settings()
+
+
+@pytest.mark.parametrize("where", ["environment", "file"])
+def test_unknown_keys_are_errors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    if where == "file":
+        (tmp_path / ".env").write_text("RECFLOW_WINDOWDAYS=9\n")
+    else:
+        monkeypatch.setenv("RECFLOW_WINDOWDAYS", "9")
+    with pytest.raises(
+        ConfigError, match=r"unknown setting RECFLOW_WINDOWDAYS.*RECFLOW_WINDOW_DAYS"
+    ):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("RECFLOW_SOURCE", "csv", "'simulated', 'mind', 'ebnerd' or 'movielens'"),
+        ("RECFLOW_WINDOW_DAYS", "-1", "greater than or equal to 3"),
+        ("RECFLOW_WINDOW_DAYS", "soon", "valid integer"),
+        ("RECFLOW_MAX_HISTORY", "0", "greater than or equal to 1"),
+        ("RECFLOW_TIMEZONE", "Mars/Olympus", "IANA time zone"),
+        ("RECFLOW_FIRST_DAY", "2026-13-01", "date"),
+        ("RECFLOW_NIGHTLY_HOUR", "24", "less than or equal to 23"),
+    ],
+)
+def test_impossible_values_name_key_value_and_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, key: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError) as error:
+        load_settings()
+    assert key in str(error.value)
+    assert repr(value) in str(error.value)
+    assert says in str(error.value)
+
+
+def test_splits_must_leave_a_day_to_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECFLOW_WINDOW_DAYS", "3")
+    monkeypatch.setenv("RECFLOW_TEST_DAYS", "2")
+    with pytest.raises(ConfigError, match="leave no day of window_days 3 to train on"):
+        load_settings()
+
+
+def test_last_day_before_first_day_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECFLOW_FIRST_DAY", "2026-02-01")
+    monkeypatch.setenv("RECFLOW_LAST_DAY", "2026-01-01")
+    with pytest.raises(ConfigError, match="before first_day"):
+        load_settings()
+
+
+def test_settings_cannot_change(tmp_path: Path) -> None:
+    settings: Settings = load_settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.seed = 3  # pyright: ignore[reportAttributeAccessIssue]

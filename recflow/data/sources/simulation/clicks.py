@@ -81,7 +81,7 @@ def _draw_chunk(
 def _draw_users(
     config: SimulationConfig, users: Users, days: Floats, rng: np.random.Generator
 ) -> Ints:
-    mass = rng.random(len(days)) * users.activity[-1]
+    mass = rng.random(len(days)) * float(users.activity[-1])
     found: Ints = np.searchsorted(users.activity, mass, side="right")
     user = np.minimum(found, users.known - 1)
     drift = config.cold_users

@@ -10,7 +10,6 @@ frame, so that shuffled input keeps the same rows.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -37,7 +36,16 @@ TITLE_WORDS_FROM_BODY = 30
 _RAW_CHARACTERS = 500
 _DETAIL_CHARACTERS = 300
 # Histories are exploded a slice at a time, which bounds the memory whatever their length.
-_SLICE_ROWS = 100_000
+_SLICE_ROWS = 20_000
+
+_REMOVALS: tuple[str, ...] = (
+    "dangling_history_ids",
+    "dangling_candidate_ids",
+    "dangling_clicked_ids",
+    "duplicate_candidates",
+    "duplicate_clicks",
+    "truncated_history_ids",
+)
 
 _ROW = "_row"
 _ID = "_id"
@@ -45,10 +53,6 @@ _POSITION = "_position"
 _SLATE = "_slate"
 _SHOWN_BEFORE = "_shown_before"
 _CLICKS_BEFORE = "_clicks_before"
-
-_NOTHING_REJECTED = pl.DataFrame(
-    schema={_ROW: pl.get_index_type(), Columns.REASON: pl.String, Columns.DETAIL: pl.String}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,7 @@ def clean_items(raw: pl.DataFrame) -> Cleaned:
         (title == "", Reason.EMPTY_TEXT, pl.lit("neither the title nor the body has any text")),
     )
     repeated = _repeats(rows, [Columns.ITEM_ID], Reason.DUPLICATE_ITEM, "same item_id")
-    return _cleaned(ITEMS, raw, rows, [unusable, repeated], counts)
+    return _cleaned(ITEMS, raw, rows, [unusable], repeated, counts)
 
 
 def clean_impressions(raw: pl.DataFrame, item_ids: pl.Series, *, max_history: int) -> Cleaned:
@@ -140,11 +144,11 @@ def clean_impressions(raw: pl.DataFrame, item_ids: pl.Series, *, max_history: in
     if max_history < 1:
         raise ConfigError.of("max_history", max_history, "1 or more items")
     _check_raw(IMPRESSIONS, raw)
-    known = item_ids.drop_nulls().unique().alias(_ID).to_frame()
+    known = item_ids.cast(pl.String).drop_nulls().unique().alias(_ID).to_frame()
 
     kept: list[pl.DataFrame] = [IMPRESSIONS.empty().with_row_index(_ROW)]
     rejected: list[pl.DataFrame] = []
-    counts: Counter[str] = Counter()
+    counts = dict.fromkeys(_REMOVALS, 0)
     for piece in raw.with_row_index(_ROW).iter_slices(_SLICE_ROWS):
         readable, unreadable = _judge_fields(piece)
         sound, unsound = _clean_lists(readable, known, max_history, counts)
@@ -155,8 +159,8 @@ def clean_impressions(raw: pl.DataFrame, item_ids: pl.Series, *, max_history: in
     same_id = _repeats(
         rows, [Columns.IMPRESSION_ID], Reason.DUPLICATE_IMPRESSION, "same impression_id"
     )
-    rows = rows.join(same_id, on=_ROW, how="anti", maintain_order="left")
-    return _cleaned(IMPRESSIONS, raw, rows, [*rejected, same_id, _same_slates(rows)], dict(counts))
+    duplicates = pl.concat([same_id, _same_slates(rows, same_id)])
+    return _cleaned(IMPRESSIONS, raw, rows, rejected, duplicates, counts)
 
 
 def _judge_fields(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -176,7 +180,7 @@ def _judge_fields(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
             Reason.IMPOSSIBLE_TIME,
             pl.format(
                 "time is {}, outside {} to {}",
-                time.cast(pl.String),
+                time.dt.to_string("%Y-%m-%d %H:%M:%S"),
                 pl.lit(f"{EARLIEST_TIME:%Y-%m-%d}"),
                 pl.lit(f"{LATEST_TIME:%Y-%m-%d}"),
             ),
@@ -206,7 +210,7 @@ def _judge_fields(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def _clean_lists(
-    rows: pl.DataFrame, known: pl.DataFrame, max_history: int, counts: Counter[str]
+    rows: pl.DataFrame, known: pl.DataFrame, max_history: int, counts: dict[str, int]
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Take dangling and repeated ids out of the lists; part the rows that keep enough.
 
@@ -347,12 +351,14 @@ def _repeats(rows: pl.DataFrame, key: list[str], reason: Reason, what: str) -> p
     )
 
 
-def _same_slates(rows: pl.DataFrame) -> pl.DataFrame:
+def _same_slates(rows: pl.DataFrame, excluded: pl.DataFrame) -> pl.DataFrame:
     """Find impressions that show a user the same slate at the same time as an earlier row."""
     moment = [Columns.USER_ID, Columns.TIME]
     # Comparing lists is slow, and hardly any two impressions share user and time.
-    shared = rows.filter(pl.struct(moment).is_duplicated()).with_columns(
-        pl.struct(Columns.CANDIDATES).struct.json_encode().alias(_SLATE)
+    shared = (
+        rows.filter(pl.struct(moment).is_duplicated())
+        .join(excluded, on=_ROW, how="anti")
+        .with_columns(pl.struct(Columns.CANDIDATES).struct.json_encode().alias(_SLATE))
     )
     return _repeats(
         shared,
@@ -367,18 +373,19 @@ def _cleaned(
     raw: pl.DataFrame,
     rows: pl.DataFrame,
     rejected: list[pl.DataFrame],
+    duplicates: pl.DataFrame,
     counts: dict[str, int],
 ) -> Cleaned:
-    """Put the result together: rows without the rejected ones, the quarantine, the counts."""
-    reject = pl.concat([_NOTHING_REJECTED, *rejected]).sort(_ROW)
-    kept = rows.join(reject, on=_ROW, how="anti", maintain_order="left")
-    quarantine = _quarantine(contract, raw, reject)
+    """Put the result together: rows without the duplicates, the quarantine, the counts."""
+    if not duplicates.is_empty():  # else spare the copy
+        rows = rows.join(duplicates, on=_ROW, how="anti", maintain_order="left")
+    quarantine = _quarantine(contract, raw, pl.concat([*rejected, duplicates]).sort(_ROW))
     return Cleaned(
-        rows=contract.conform(kept.lazy()).collect(),
+        rows=contract.conform(rows.lazy()).collect(),
         quarantine=quarantine,
         counts={
             "rows_in": raw.height,
-            "rows_kept": kept.height,
+            "rows_kept": rows.height,
             "rows_quarantined": quarantine.height,
             **counts,
         },

@@ -256,6 +256,10 @@ def features_are_point_in_time(splits: Splits) -> Claim:
     Worked out again from the clicks of the splits, apart from the code that extends histories:
     every item behind the logged part was first clicked by that user strictly before the impression,
     in this order, and ``history_until`` is the time of the last of them.
+
+    What the source logged has no times to check. ``logs_holding_own_click`` counts the impressions
+    whose logged history holds an item clicked in that very impression: somebody coming back to it
+    where they are few, a log written after the click where they are many.
     """
     rows = (
         splits.together(
@@ -303,15 +307,19 @@ def features_are_point_in_time(splits: Splits) -> Claim:
             _SPLIT,
             until,
             ((length != pl.col(Columns.HISTORY_LENGTH)) | (logged > length)).alias("wrong_length"),
+            pl.col(Columns.HISTORY).list.head(logged).alias("logged"),
         )
         .join(added, on=_ROW, how="left")
+        .join(_clicks(rows).group_by(_ROW).agg(Columns.ITEM_ID), on=_ROW, how="left")
         .with_columns(
+            pl.col("logged").list.set_intersection(Columns.ITEM_ID).list.len().alias("own"),
             pl.col("added").fill_null(0),
             pl.col("early", "disordered").fill_null(value=False),
             (until.ne_missing(pl.col("newest")) | (until >= time).fill_null(value=False)).alias(
                 "wrong_until"
             ),
         )
+        .drop("logged", Columns.ITEM_ID)
         .collect()
     )
     faults = {
@@ -329,6 +337,7 @@ def features_are_point_in_time(splits: Splits) -> Claim:
             "impressions": judged.height,
             "histories_extended": int((judged["added"] > 0).sum()),
             "items_added": int(judged["added"].sum()),
+            "logs_holding_own_click": int((judged["own"] > 0).sum()),
             **{fact: int(judged[fault].sum()) for fault, fact in faults.items()},
         },
         _examples(offending.select(*_WHO, _SPLIT, until, *faults)),
@@ -338,8 +347,18 @@ def features_are_point_in_time(splits: Splits) -> Claim:
 def _first_click_times(rows: pl.DataFrame) -> pl.LazyFrame:
     """When each user first clicked each item: user_id, item_id, first click."""
     return (
+        _clicks(rows)
+        .group_by(Columns.USER_ID, Columns.ITEM_ID)
+        .agg(pl.col(Columns.TIME).min().alias(_FIRST_CLICK))
+    )
+
+
+def _clicks(rows: pl.DataFrame) -> pl.LazyFrame:
+    """Every click: row, user_id, time, item_id."""
+    return (
         rows.lazy()
         .select(
+            _ROW,
             Columns.USER_ID,
             Columns.TIME,
             pl.col(Columns.CANDIDATES).alias(Columns.ITEM_ID),
@@ -347,8 +366,7 @@ def _first_click_times(rows: pl.DataFrame) -> pl.LazyFrame:
         )
         .explode(Columns.ITEM_ID, Columns.LABELS)
         .filter(pl.col(Columns.LABELS) == 1)
-        .group_by(Columns.USER_ID, Columns.ITEM_ID)
-        .agg(pl.col(Columns.TIME).min().alias(_FIRST_CLICK))
+        .drop(Columns.LABELS)
     )
 
 

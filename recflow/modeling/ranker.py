@@ -1,0 +1,422 @@
+"""The ranker as it is stored, loaded and used: text in, vectors and scores out.
+
+A ranker's directory holds the encoder (``model.safetensors`` or ``model.onnx``), the user model
+(``user_model.safetensors``), ``tokenizer.json``, and a ``config.json`` that says how to rebuild
+both and which runtime executes the encoder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import onnxruntime
+import polars as pl
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from recflow.core.columns import Columns
+from recflow.core.errors import ArtifactError
+from recflow.modeling.batching import (
+    ItemIndex,
+    Ragged,
+    Rows,
+    length_buckets,
+    pad_tokens,
+)
+from recflow.modeling.encoder import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    TextEncoder,
+    TextTokenizer,
+    build_encoder,
+    check_vocabulary,
+    describe_encoder,
+    load_pretrained,
+    load_weights,
+    mixed_precision,
+    save_encoder,
+    torch_threads,
+)
+from recflow.modeling.user_model import ItemStates, UserModel, UserModelShape
+
+ONNX_NAME = "model.onnx"
+USER_MODEL_NAME = "user_model.safetensors"
+LAYOUT = 1
+TORCH, ONNXRUNTIME = "torch", "onnxruntime"
+
+# Similarities held at a time while scoring; 16 MB of float32.
+_MAX_SIMILARITIES = 4_000_000
+
+Vectors = NDArray[np.float32]
+
+
+class EncoderRuntime(Protocol):
+    """Executes the encoder on padded tokens."""
+
+    def __call__(self, tokens: list[list[int]]) -> Vectors:
+        """Unit vectors ``[texts, dimension]`` of texts of similar length."""
+        ...
+
+
+class TorchRuntime:
+    """PyTorch, in bfloat16 where the processor has it."""
+
+    def __init__(self, encoder: TextEncoder, threads: int | None) -> None:
+        """Use ``encoder``, in evaluation mode, with this many threads."""
+        self._encoder, self._threads = encoder.eval(), threads
+
+    def __call__(self, tokens: list[list[int]]) -> Vectors:
+        """Encode one padded batch."""
+        with torch_threads(self._threads), torch.inference_mode(), mixed_precision():
+            return self._encoder(*pad_tokens(tokens)).numpy()
+
+
+class OnnxRuntime:
+    """ONNX Runtime on the CPU."""
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        """Open a model file.
+
+        Raises:
+            ArtifactError: The file is missing or damaged.
+        """
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing; rebuild the model")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        # Idle workers that spin would steal the processor from whatever runs beside the model.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's own exceptions share no narrower base
+            raise ArtifactError(f"{path} is not a usable ONNX model: {error}") from error
+
+    def __call__(self, tokens: list[list[int]]) -> Vectors:
+        """Encode one padded batch."""
+        ids, mask = pad_tokens(tokens)
+        feed = {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()}
+        return cast("Vectors", self._session.run(["vectors"], feed)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class RankerParts:
+    """Everything of a ranker but the runtime of its encoder.
+
+    Attributes:
+        user_model: The user model.
+        categories: Categories known from training, in the order of their numbers.
+        max_tokens: Longest text in tokens.
+    """
+
+    user_model: UserModel
+    categories: list[str]
+    max_tokens: int
+
+
+class Ranker:
+    """Ranks items for users by text."""
+
+    def __init__(
+        self, runtime: EncoderRuntime, tokenizer: TextTokenizer, parts: RankerParts
+    ) -> None:
+        """Put the parts together."""
+        self._runtime, self._tokenizer = runtime, tokenizer
+        self.parts = parts
+
+    @property
+    def dimension(self) -> int:
+        """Width of the item vectors."""
+        return self.parts.user_model.shape.dimension
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors ``[texts, dimension]`` float32, in the order of the texts."""
+        return encode_texts(self._runtime, self._tokenizer, texts, self.dimension)
+
+    def scorer(self, name: str, items: pl.DataFrame) -> ContentScorer:
+        """A scorer over an item-features table; items are encoded when first needed.
+
+        Raises:
+            ContractError: An item occurs twice.
+        """
+        return ContentScorer(name, self, ItemIndex(items))
+
+
+class ContentScorer:
+    """Scores impressions from texts, categories and click histories alone.
+
+    Attributes:
+        name: Name on the board.
+        board: The board of scorers that use no counters.
+    """
+
+    board: Literal["content-only"] = "content-only"
+
+    def __init__(self, name: str, ranker: Ranker, items: ItemIndex) -> None:
+        """Prepare for a table of items."""
+        self.name = name
+        self._ranker, self._items = ranker, items
+        self._model = ranker.parts.user_model
+        self._categories = items.category_numbers(ranker.parts.categories)
+        self._vectors = np.zeros((len(items), ranker.dimension), dtype=np.float32)
+        self._encoded = np.zeros(len(items), dtype=np.bool_)
+
+    def score(self, impressions: pl.DataFrame) -> pl.Series:
+        """Score of each candidate of each impression, ``List(Float64)``, in their order.
+
+        Raises:
+            ContractError: An item is not in the item table.
+        """
+        slates = self._items.ragged(impressions[Columns.CANDIDATES])
+        histories = self._histories(impressions)
+        rows = np.unique(np.concatenate([slates.values, histories.values]))
+        scores = score_slates(
+            self._model, self._states(rows), _renumber(histories, rows), _renumber(slates, rows)
+        )
+        lists = pa.LargeListArray.from_arrays(slates.offsets, scores)
+        return pl.Series(Columns.SCORES, lists, dtype=pl.List(pl.Float64))
+
+    def score_catalogue(self, impressions: pl.DataFrame, item_ids: Sequence[str]) -> Vectors:
+        """Score of every given item for every impression's user, ``[rows, items]`` float32.
+
+        Raises:
+            ContractError: An item is not in the item table.
+        """
+        catalogue = self._items.rows(pl.Series(item_ids, dtype=pl.String))
+        histories = self._histories(impressions)
+        rows = np.unique(np.concatenate([catalogue, histories.values]))
+        states = self._states(rows)
+        slate = torch.from_numpy(np.searchsorted(rows, catalogue))[None, :]
+        padded = torch.from_numpy(_renumber(histories, rows).pad(right_aligned=True))
+        size = max(1, _MAX_SIMILARITIES // (slate.shape[1] * padded.shape[1]))
+        with torch.inference_mode():
+            scores = [self._model(states, chunk, slate) for chunk in padded.split(size)]
+        return torch.cat(scores).numpy() if scores else np.zeros((0, len(catalogue)), np.float32)
+
+    def _histories(self, impressions: pl.DataFrame) -> Ragged:
+        newest = impressions[Columns.HISTORY].list.tail(self._model.shape.history_length)
+        return self._items.ragged(newest)
+
+    def _states(self, rows: Rows) -> ItemStates:
+        missing = rows[~self._encoded[rows]]
+        if len(missing):
+            self._vectors[missing] = self._ranker.encode([self._items.texts[i] for i in missing])
+            self._encoded[missing] = True
+        with torch.inference_mode():
+            return self._model.describe_items(
+                torch.from_numpy(self._vectors[rows]), torch.from_numpy(self._categories[rows])
+            )
+
+
+def score_slates(
+    model: UserModel, states: ItemStates, histories: Ragged, slates: Ragged
+) -> NDArray[np.float64]:
+    """Scores of all candidates, end to end.
+
+    Slates of similar length are scored together, few enough at a time to bound the memory; a
+    score depends on its own impression only.
+
+    Args:
+        model: The user model.
+        states: The items that ``histories`` and ``slates`` number.
+        histories: Clicks of each impression, oldest first.
+        slates: Candidates of each impression.
+    """
+    scores = np.empty(len(slates.values), dtype=np.float64)
+    longest = int(histories.lengths.max(initial=1))
+    order = np.argsort(slates.lengths, kind="stable")
+    with torch.inference_mode():
+        for chunk in _chunks(order, slates.lengths, max(longest, 1)):
+            history = torch.from_numpy(histories.take(chunk).pad(right_aligned=True))
+            candidates = slates.take(chunk).pad()
+            result = model(states, history, torch.from_numpy(candidates)).numpy()
+            positions = Ragged(np.arange(len(scores)), slates.offsets).take(chunk).values
+            scores[positions] = result[candidates >= 0]
+    return scores
+
+
+def _chunks(order: Rows, lengths: Rows, clicks: int) -> list[Rows]:
+    """Cut impressions, ordered by slate length, where a chunk's similarities reach the limit."""
+    chunks: list[Rows] = []
+    start = 0
+    while start < len(order):
+        size = max(1, _MAX_SIMILARITIES // (clicks * max(int(lengths[order[start]]), 1)))
+        # The longest slate of the chunk decides its width, so shrink once by that one.
+        last = order[min(start + size, len(order)) - 1]
+        size = max(1, min(size, _MAX_SIMILARITIES // (clicks * max(int(lengths[last]), 1))))
+        chunks.append(order[start : start + size])
+        start += size
+    return chunks
+
+
+def encode_texts(
+    runtime: EncoderRuntime, tokenizer: TextTokenizer, texts: Sequence[str], dimension: int
+) -> Vectors:
+    """Unit vectors ``[texts, dimension]``: tokenised, in length buckets, back in order."""
+    tokens = tokenizer(list(texts))
+    vectors = np.empty((len(tokens), dimension), dtype=np.float32)
+    for bucket in length_buckets(np.array([len(text) for text in tokens], dtype=np.int64)):
+        vectors[bucket] = runtime([tokens[i] for i in bucket])
+    return vectors
+
+
+def frozen_item_vectors(
+    base_model: Path, items: pl.DataFrame, *, threads: int | None = None, max_tokens: int = 64
+) -> tuple[list[str], Vectors]:
+    """Item vectors of a pretrained encoder, for the baseline without any training.
+
+    Args:
+        base_model: Hugging Face model directory.
+        items: Item features.
+        threads: Threads torch may use; ``None`` leaves it as it is.
+        max_tokens: Longest text in tokens.
+
+    Returns:
+        Item ids and their unit vectors ``[items, dimension]`` float32.
+
+    Raises:
+        ArtifactError: The directory is not a complete model.
+    """
+    encoder = load_pretrained(base_model)
+    tokenizer = TextTokenizer(base_model / TOKENIZER_NAME, max_tokens)
+    index = ItemIndex(items)
+    runtime = TorchRuntime(encoder, threads)
+    return index.ids, encode_texts(runtime, tokenizer, index.texts, encoder.dimension)
+
+
+def save_ranker(
+    output: Path, encoder: TextEncoder, tokenizer_path: Path, parts: RankerParts
+) -> None:
+    """Write a PyTorch ranker into ``output``."""
+    save_encoder(encoder, output / WEIGHTS_NAME)
+    save_parts(
+        output,
+        tokenizer_path,
+        parts,
+        runtime={"runtime": TORCH, "encoder": describe_encoder(encoder)},
+        encoder_parameters=count_parameters(encoder),
+    )
+
+
+def save_parts(
+    output: Path,
+    tokenizer_path: Path,
+    parts: RankerParts,
+    *,
+    runtime: Mapping[str, Any],
+    encoder_parameters: int,
+) -> None:
+    """Write everything of a ranker but the encoder's weights.
+
+    Args:
+        output: Directory of the ranker.
+        tokenizer_path: ``tokenizer.json`` to copy.
+        parts: User model and limits.
+        runtime: Keys of ``config.json`` that say how the encoder is executed.
+        encoder_parameters: Weights of the encoder.
+    """
+    state = parts.user_model.state_dict()
+    save_file({k: v.detach().contiguous() for k, v in state.items()}, output / USER_MODEL_NAME)
+    shutil.copyfile(tokenizer_path, output / TOKENIZER_NAME)
+    config = {
+        "layout": LAYOUT,
+        "max_tokens": parts.max_tokens,
+        "categories": parts.categories,
+        "user_model": asdict(parts.user_model.shape),
+        "parameters": encoder_parameters + count_parameters(parts.user_model),
+        **runtime,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+    (output / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def load_ranker(path: Path, *, threads: int | None = None) -> Ranker:
+    """Load a ranker, whatever executes it.
+
+    Args:
+        path: Its directory.
+        threads: Threads the encoder may use; ``None`` leaves that to the runtime.
+
+    Raises:
+        ArtifactError: A file is missing or damaged, the layout or runtime is unknown, or the
+            weights are not exactly those of the described model.
+    """
+    config = read_ranker_config(path)
+    parts = load_parts(path, config)
+    tokenizer = TextTokenizer(path / TOKENIZER_NAME, parts.max_tokens)
+    if config["runtime"] == ONNXRUNTIME:
+        return Ranker(OnnxRuntime(path / ONNX_NAME, threads), tokenizer, parts)
+    encoder = load_encoder(path, config)
+    check_vocabulary(encoder, tokenizer)
+    return Ranker(TorchRuntime(encoder, threads), tokenizer, parts)
+
+
+def read_ranker_config(path: Path) -> dict[str, Any]:
+    """Read and check a ranker's ``config.json``.
+
+    Raises:
+        ArtifactError: It is missing, not JSON, or of an unknown layout or runtime.
+    """
+    file = path / CONFIG_NAME
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{file} is missing; {path} is not a ranker") from None
+    except ValueError as error:
+        raise ArtifactError(f"{file} is not JSON: {error}") from error
+    layout, runtime = config.get("layout"), config.get("runtime")
+    if layout != LAYOUT:
+        raise ArtifactError(f"{file} has layout {layout!r}; this recflow reads {LAYOUT}")
+    if runtime not in (TORCH, ONNXRUNTIME):
+        raise ArtifactError(f"{file} has runtime {runtime!r}; known: {TORCH}, {ONNXRUNTIME}")
+    return config
+
+
+def load_encoder(path: Path, config: Mapping[str, Any]) -> TextEncoder:
+    """Rebuild the encoder of a PyTorch ranker.
+
+    Raises:
+        ArtifactError: The ranker has no PyTorch encoder, or its weights do not fit.
+    """
+    if config["runtime"] != TORCH:
+        raise ArtifactError(f"{path} is executed by {config['runtime']}; a {TORCH} one is needed")
+    encoder = build_encoder(config.get("encoder", {}))
+    load_weights(encoder.transformer, path / WEIGHTS_NAME)
+    return encoder
+
+
+def load_parts(path: Path, config: Mapping[str, Any]) -> RankerParts:
+    """Rebuild everything of a ranker but its encoder.
+
+    Raises:
+        ArtifactError: The description or the weights do not fit.
+    """
+    try:
+        model = UserModel(UserModelShape(**config["user_model"]))
+        categories = [str(category) for category in config["categories"]]
+        max_tokens = int(config["max_tokens"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path / CONFIG_NAME} cannot be used: {error!r}") from error
+    load_weights(model, path / USER_MODEL_NAME)
+    return RankerParts(model.eval(), categories, max_tokens)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _renumber(lists: Ragged, rows: Rows) -> Ragged:
+    """Number the items by their place in ``rows`` instead of in the item table."""
+    return Ragged(np.searchsorted(rows, lists.values), lists.offsets)

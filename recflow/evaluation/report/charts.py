@@ -25,7 +25,7 @@ _VARIABLES = {
     _ACCENT: "var(--accent)",
     **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES, start=1)},
 }
-_WIDTH = 5.4  # inches; scaled to a phone the 10-point text is still read without zooming
+_WIDTH = 4.8  # inches; scaled to a phone the 10-point text is still read without zooming
 _STYLE: dict[str, Any] = {
     "axes.edgecolor": _RULE,
     "axes.grid": True,
@@ -108,6 +108,8 @@ def forest(salt: str, label: str, points: Sequence[Point], reference: float | No
 
 def cost(salt: str, label: str, points: Sequence[CostPoint]) -> Markup:
     """Accuracy over latency; the area of a dot is the size of the model."""
+    from matplotlib import ticker
+
     largest = max(point.size_mb for point in points)
 
     def draw(axes: Any) -> None:
@@ -119,26 +121,19 @@ def cost(salt: str, label: str, points: Sequence[CostPoint]) -> Markup:
             )
             area = 40 + 360 * model.size_mb / largest
             axes.scatter([model.latency_ms], [point.value], s=area, color=color, alpha=0.75)
-            axes.annotate(
-                f"{point.name}\n{model.size_mb:.1f} MB",
-                (model.latency_ms, point.value),
-                xytext=(12, 6),
-                textcoords="offset points",
-                fontsize=9,
-            )
+            # An empty dot of constant size for the legend; the real ones differ in area.
+            name = f"{point.name}, {model.size_mb:.1f} MB"
+            axes.plot([], [], "o", color=color, markersize=7, label=name)
         axes.set_xscale("log")
-        low = min(model.latency_ms for model in points)
-        high = max(model.latency_ms for model in points)
-        axes.set_xlim(low / 1.6, high * 3.2)  # room for the labels to the right of the dots
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="x", which="minor", labelsize=8)
-        axes.set_xlabel(
-            "median latency of one text, ms (log scale) – dot area: size of the weights"
-        )
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
+        axes.set_xlabel("median latency of one text, ms (log scale)")
         axes.set_ylabel(label)
 
-    return _svg(salt, f"{label} over latency of each model", 3.3, draw)
+    return _svg(salt, f"{label} over latency of each model", 3.6, draw)
 
 
 def reliability(salt: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:

@@ -191,6 +191,8 @@ def _environment() -> Environment:
     )
     filters: dict[str, Callable[..., str | bool]] = {
         "plain": _plain,
+        "short": _short,
+        "breakable": _breakable,
         "signed": _signed,
         "megabytes": _megabytes,
         "millions": _millions,
@@ -204,11 +206,20 @@ def _environment() -> Environment:
 
 
 def _plain(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    return "–" if value is None else f"{value:.4f}".replace("-", "−")
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−")
 
 
 def _signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.4f}".replace("-", "−")
+
+
+def _breakable(name: str) -> Markup:
+    """The escaped name with places where a narrow column may break it."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _verdict(estimate: Mapping[str, float | None], greater_is_better: bool | None) -> str:

@@ -61,11 +61,8 @@ def dense_blocks(offsets: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
         without elements are left out.
     """
     lengths = np.diff(offsets)
-    by_length = np.argsort(lengths, kind="stable")
-    distinct, starts = np.unique(lengths[by_length], return_index=True)
-    for length, rows in zip(distinct.tolist(), np.split(by_length, starts[1:]), strict=True):
-        if length == 0:
-            continue
+    for length in np.unique(lengths[lengths > 0]).tolist():
+        rows = np.flatnonzero(lengths == length)
         step = max(1, _CELLS_AT_ONCE // length)
         for start in range(0, len(rows), step):
             block = rows[start : start + step]

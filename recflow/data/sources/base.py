@@ -281,6 +281,11 @@ def shape_items(judged: Judged, rows: pl.LazyFrame) -> RawTable:
     return RawTable(ITEMS.conform(rows), QUARANTINE.conform(judged.quarantine(ITEMS.name)))
 
 
+def within_calendar(time: pl.Expr) -> pl.Expr:
+    """Move times beyond the years 1 to 9999 to their ends: Polars panics when it formats them."""
+    return time.clip(datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC))
+
+
 def latest_time() -> datetime:
     """The latest time an event may have: a day from now, for clocks that run ahead."""
     return datetime.now(UTC) + _FUTURE_TOLERANCE

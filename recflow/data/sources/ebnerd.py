@@ -23,6 +23,7 @@ from recflow.data.sources.base import (
     shape_items,
     time_problems,
     usable_day,
+    within_calendar,
 )
 
 _Kind: TypeAlias = "type[pl.DataType] | None"  # None: anything that can be written as text
@@ -260,8 +261,8 @@ def _as_utc(file: Path, column: str) -> pl.Expr:
     dtype = pl.read_parquet_schema(file)[column]
     time = pl.col(column)
     if isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
-        return time.dt.convert_time_zone("UTC").cast(UTC_TIME)
-    return time.dt.replace_time_zone("UTC").cast(UTC_TIME)
+        return within_calendar(time.dt.convert_time_zone("UTC").cast(UTC_TIME))
+    return within_calendar(time.dt.replace_time_zone("UTC").cast(UTC_TIME))
 
 
 def _missing(field: str) -> Problem:

@@ -29,6 +29,7 @@ from recflow.data.sources.base import (
     shape_items,
     time_problems,
     usable_day,
+    within_calendar,
 )
 from recflow.data.sources.lines import LINE, check_text_file, first_line, scan_lines
 from recflow.data.sources.tabular import fields, line_problems, missing
@@ -87,9 +88,7 @@ class MovielensSource(LogSource):
             .with_columns(fields(("user", "item", "rating_text", "timestamp")))
             .with_columns(
                 pl.col("rating_text").cast(pl.Float32, strict=False).alias("stars"),
-                pl.from_epoch(pl.col("timestamp").cast(pl.Float64, strict=False))
-                .cast(UTC_TIME)
-                .alias(Columns.TIME),
+                _time_of("timestamp").alias(Columns.TIME),
             )
             .collect()
         )
@@ -186,6 +185,12 @@ def _find(directory: Path, name: str, header: Sequence[str]) -> Path:
             f"{file}, line 1: the header is {seen!r}, expected {chr(9).join(header)!r}. {_REMEDY}"
         )
     return file
+
+
+def _time_of(field: str) -> pl.Expr:
+    """Seconds since 1970 as a time; null where the text is no number a time can hold."""
+    microseconds = pl.col(field).cast(pl.Float64, strict=False) * 1e6
+    return within_calendar(microseconds.cast(pl.Int64, strict=False).cast(UTC_TIME))
 
 
 def _with_sessions(ratings: pl.DataFrame) -> pl.DataFrame:

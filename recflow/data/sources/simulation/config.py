@@ -13,7 +13,7 @@ from recflow.data.sources.simulation.headlines import load_newsroom
 
 @dataclass(frozen=True, slots=True)
 class TopicSurge:
-    """From ``day`` on, a topic is ``factor`` times as frequent and its odds of a click as high."""
+    """From ``day`` on, the odds that an item has a topic, and is clicked then, grow by a factor."""
 
     day: int
     topic: str

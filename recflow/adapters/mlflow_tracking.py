@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from recflow.core.artifacts import JsonValue
+from recflow.modeling.tracking import Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -116,15 +117,15 @@ class MlflowStore:
             return experiment.experiment_id  # another run was quicker
 
 
-class MlflowTracker:
-    """Logs to one MLflow run; satisfies :class:`recflow.modeling.tracking.Tracker`.
+class MlflowTracker(Tracker):
+    """Logs to one MLflow run.
 
     Metrics are buffered and sent in batches, at the latest with the next value after
     ``FLUSH_SECONDS``. Use it as a context manager, which sends the rest also when the block fails.
     """
 
     def __init__(self, client: MlflowClient, run_id: str, *, prefix: str = "") -> None:
-        """Log to ``run_id``; ``prefix`` goes before every name, as ``prefix.name``."""
+        """Log to ``run_id``; ``prefix``, e.g. ``pruned.``, goes before every name."""
         self._client = client
         self._run_id = run_id
         self._prefix = prefix
@@ -166,8 +167,8 @@ class MlflowTracker:
             self.flush()
 
     def log_file(self, path: Path) -> None:
-        """Store a copy of a file with the run, in the folder of the prefix if there is one."""
-        self._client.log_artifact(self._run_id, str(path), self._prefix or None)
+        """Store a copy of a file with the run, in the folder the prefix names if there is one."""
+        self._client.log_artifact(self._run_id, str(path), self._prefix.rstrip("./") or None)
 
     def log_dataset(self, name: str, digest: str, rows: int, context: str) -> None:
         """Record data the run has read.
@@ -200,8 +201,7 @@ class MlflowTracker:
         self._flushed_at = time.monotonic()
 
     def _name(self, name: str) -> str:
-        full = f"{self._prefix}.{name}" if self._prefix else name
-        return _allowed_name(full)
+        return _allowed_name(self._prefix + name)
 
 
 def _allowed_name(name: str) -> str:

@@ -14,7 +14,7 @@ run. Importing dagster_mlflow takes 6 s, so it happens where a step needs it.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,12 +52,12 @@ def mlflow_resource(context: dg.InitResourceContext) -> Iterator[Any]:
         ``dagster_mlflow``'s resource in a run; a :class:`MlflowStore` in a sensor.
     """
     store = MlflowStore(**context.resource_config)
-    if context.dagster_run is None:
+    if context.run is None:
         yield store
         return
     assert context.instance is not None
     with (
-        _mlflow_run(store, context.dagster_run, context.instance) as run_id,
+        _mlflow_run(store, context.run, context.instance) as run_id,
         _attached(context, store, run_id) as mlflow,
     ):
         yield mlflow
@@ -105,7 +105,7 @@ def tracker_of(mlflow: Any, *, prefix: str = "") -> MlflowTracker:
 
     Args:
         mlflow: The ``mlflow`` resource, inside a run.
-        prefix: Goes before every name, so that two models do not share a metric.
+        prefix: Goes before every name, so that two models do not share a metric; e.g. ``pruned.``.
     """
     return MlflowTracker(mlflow.tracking_client, mlflow.mlflow_run_id, prefix=prefix)
 
@@ -168,15 +168,15 @@ def _has_failed_step(dagster_run: dg.DagsterRun, instance: dg.DagsterInstance) -
 @contextmanager
 def _attached(context: dg.InitResourceContext, store: MlflowStore, run_id: str) -> Iterator[Any]:
     """Make the run MLflow's active one in this process, through dagster_mlflow."""
-    assert context.dagster_run is not None
+    assert context.run is not None
     config = {
         "experiment_name": store.experiment_name,
         "mlflow_tracking_uri": store.tracking_uri,
         "mlflow_run_id": run_id,
     }
-    with _open_dagster_mlflow(context.replace_config(config)) as mlflow:
+    with _open_dagster_mlflow(context, config) as mlflow:
         # dagster_mlflow renames the run after the job, which is __ASSET_JOB more often than not.
-        mlflow.tracking_client.update_run(run_id, name=_run_name(context.dagster_run))
+        mlflow.tracking_client.update_run(run_id, name=_run_name(context.run))
         try:
             yield mlflow
         finally:
@@ -186,16 +186,20 @@ def _attached(context: dg.InitResourceContext, store: MlflowStore, run_id: str) 
 
 
 @contextmanager
-def _open_dagster_mlflow(context: dg.InitResourceContext) -> Iterator[Any]:
+def _open_dagster_mlflow(
+    context: dg.InitResourceContext, config: Mapping[str, str]
+) -> Iterator[Any]:
     disable_telemetry()
     with ExitStack() as stack:
         with warnings.catch_warnings():
-            # The whole package is marked beta; its pin in pyproject.toml is the answer to that.
+            # dagster_mlflow is marked beta as a whole and reads a deprecated property of Dagster;
+            # its pin in pyproject.toml is the answer to both.
             warnings.simplefilter("ignore", dg.BetaWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
             from dagster_mlflow import mlflow_tracking
 
             open_resource: Any = contextmanager(mlflow_tracking.resource_fn)
-            mlflow = stack.enter_context(open_resource(context))
+            mlflow = stack.enter_context(open_resource(context.replace_config(config)))
         yield mlflow
 
 

@@ -7,7 +7,7 @@ trainable layer are computed once a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +19,8 @@ from torch import Tensor
 from recflow.core.columns import Columns
 from recflow.core.errors import ConfigError, ContractError
 from recflow.modeling.encoder import TextEncoder
+from recflow.modeling.texts import Rows, length_buckets, pad_tokens, token_mask
 from recflow.modeling.user_model import UNKNOWN_CATEGORY
-
-Rows = NDArray[np.int64]
-
-BUCKET_SIZE = 64
-"""Texts encoded together. Larger buckets hold more padding and more memory for no speed on CPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,25 +288,6 @@ def _draw_negatives(slates: IndexedImpressions, limit: int, rng: np.random.Gener
     return np.where(np.take_along_axis(keys, order, axis=1) < 1.0, drawn, -1)
 
 
-def length_buckets(lengths: Rows, size: int = BUCKET_SIZE) -> Iterator[Rows]:
-    """Positions of texts of similar length, shortest first, at most ``size`` together."""
-    order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def pad_tokens(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids ``[texts, longest]`` padded with 0, and where there is a token (bool).
-
-    The padding value is never seen: the mask hides it from attention and from pooling.
-    """
-    lengths = torch.tensor([len(text) for text in tokens])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([token for text in tokens for token in text])
-    return ids, mask
-
-
 class HiddenStates:
     """Hidden states of texts at the input of one layer, computed once, kept in bfloat16.
 
@@ -356,7 +333,7 @@ class HiddenStates:
         )
         with torch.no_grad():
             for bucket in length_buckets(lengths):
-                ids, mask = pad_tokens([tokens[i] for i in bucket])
+                ids, mask = map(torch.from_numpy, pad_tokens([tokens[i] for i in bucket]))
                 hidden = encoder.run_layers(encoder.embed(ids), mask, 0, layer)
                 self._states[self._positions(bucket)] = hidden[mask].to(torch.bfloat16)
                 on_texts(len(bucket))
@@ -372,8 +349,7 @@ class HiddenStates:
         return torch.cat(vectors)[torch.from_numpy(inverse)]
 
     def _encode_bucket(self, texts: Rows) -> Tensor:
-        lengths = torch.from_numpy(np.diff(self._offsets)[texts])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        mask = torch.from_numpy(token_mask(np.diff(self._offsets)[texts]))
         hidden = torch.zeros((*mask.shape, self._encoder.dimension))
         hidden[mask] = self._states[self._positions(texts)].float()
         upper = self._encoder.run_layers(hidden, mask, self.layer, len(self._encoder.layers))

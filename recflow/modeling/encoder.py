@@ -18,56 +18,20 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
 from recflow.core.errors import ArtifactError, ConfigError
+from recflow.modeling.texts import TOKENIZER_NAME, TextTokenizer, Vectors, pad_tokens
 
 WEIGHTS_NAME = "model.safetensors"
-TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "config.json"
 
 # Embedding tables are often padded to a multiple of this for faster matrix products.
 _VOCABULARY_PADDING = 128
 _POOLER = "pooler."
-
-
-class TextTokenizer:
-    """WordPiece, BPE or any other fast tokenizer, cut to a number of tokens.
-
-    Attributes:
-        max_tokens: Longest sequence, special tokens included.
-        path: The ``tokenizer.json`` it was read from.
-    """
-
-    def __init__(self, path: Path, max_tokens: int) -> None:
-        """Read ``path``.
-
-        Raises:
-            ArtifactError: The file is missing or is not a tokenizer.
-        """
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing; the model directory needs its tokenizer.json")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust library raises nothing narrower
-            raise ArtifactError(f"{path} is not a tokenizer: {error}") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length=max_tokens)
-        self.max_tokens = max_tokens
-        self.path = path
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of tokens, added ones included."""
-        return self._tokenizer.get_vocab_size()
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens included; no padding."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +142,34 @@ def torch_threads(threads: int | None) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def mixed_precision() -> torch.autocast:
+def mixed_precision(wanted: bool = True) -> torch.autocast:
     """Autocast to bfloat16 where the processor multiplies it natively; else a no-op.
 
     Vectors keep a cosine of .9999 to float32; matrices multiply two to three times as fast.
     """
-    return torch.autocast(
-        "cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=wanted and native)
+
+
+class TorchRuntime:
+    """Executes an encoder with PyTorch, in bfloat16 where the processor has it."""
+
+    def __init__(self, encoder: TextEncoder, threads: int | None, *, mixed: bool = True) -> None:
+        """Prepare.
+
+        Args:
+            encoder: Used in evaluation mode.
+            threads: Threads torch may use; ``None`` leaves that as it is.
+            mixed: Whether bfloat16 may be used; else float32.
+        """
+        self._encoder, self._threads, self._mixed = encoder.eval(), threads, mixed
+        self.dimension = encoder.dimension
+
+    def __call__(self, tokens: list[list[int]]) -> Vectors:
+        """Encode one padded batch."""
+        ids, mask = map(torch.from_numpy, pad_tokens(tokens))
+        with torch_threads(self._threads), torch.inference_mode(), mixed_precision(self._mixed):
+            return self._encoder(ids, mask).numpy()
 
 
 def load_pretrained(directory: Path) -> TextEncoder:

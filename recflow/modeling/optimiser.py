@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
@@ -99,9 +97,3 @@ def deterministic(seed: int, threads: int) -> Generator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process since it started."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

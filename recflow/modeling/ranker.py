@@ -12,10 +12,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal
 
 import numpy as np
-import onnxruntime
 import polars as pl
 import pyarrow as pa
 import torch
@@ -24,90 +23,36 @@ from safetensors.torch import save_file
 
 from recflow.core.columns import Columns
 from recflow.core.errors import ArtifactError
-from recflow.modeling.batching import (
-    ItemIndex,
-    Ragged,
-    Rows,
-    length_buckets,
-    pad_tokens,
-)
+from recflow.modeling.batching import ItemIndex, Ragged
 from recflow.modeling.encoder import (
     CONFIG_NAME,
-    TOKENIZER_NAME,
     WEIGHTS_NAME,
     TextEncoder,
-    TextTokenizer,
+    TorchRuntime,
     build_encoder,
     check_vocabulary,
     describe_encoder,
     load_pretrained,
     load_weights,
-    mixed_precision,
     save_encoder,
-    torch_threads,
+)
+from recflow.modeling.onnx_runtime import ONNX_NAME, OnnxRuntime
+from recflow.modeling.texts import (
+    TOKENIZER_NAME,
+    EncoderRuntime,
+    Rows,
+    TextTokenizer,
+    Vectors,
+    encode_texts,
 )
 from recflow.modeling.user_model import ItemStates, UserModel, UserModelShape
 
-ONNX_NAME = "model.onnx"
 USER_MODEL_NAME = "user_model.safetensors"
 LAYOUT = 1
 TORCH, ONNXRUNTIME = "torch", "onnxruntime"
 
 # Similarities held at a time while scoring; 16 MB of float32.
 _MAX_SIMILARITIES = 4_000_000
-
-Vectors = NDArray[np.float32]
-
-
-class EncoderRuntime(Protocol):
-    """Executes the encoder on padded tokens."""
-
-    def __call__(self, tokens: list[list[int]]) -> Vectors:
-        """Unit vectors ``[texts, dimension]`` of texts of similar length."""
-        ...
-
-
-class TorchRuntime:
-    """PyTorch, in bfloat16 where the processor has it."""
-
-    def __init__(self, encoder: TextEncoder, threads: int | None) -> None:
-        """Use ``encoder``, in evaluation mode, with this many threads."""
-        self._encoder, self._threads = encoder.eval(), threads
-
-    def __call__(self, tokens: list[list[int]]) -> Vectors:
-        """Encode one padded batch."""
-        with torch_threads(self._threads), torch.inference_mode(), mixed_precision():
-            return self._encoder(*pad_tokens(tokens)).numpy()
-
-
-class OnnxRuntime:
-    """ONNX Runtime on the CPU."""
-
-    def __init__(self, path: Path, threads: int | None) -> None:
-        """Open a model file.
-
-        Raises:
-            ArtifactError: The file is missing or damaged.
-        """
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing; rebuild the model")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = 1
-        # Idle workers that spin would steal the processor from whatever runs beside the model.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's own exceptions share no narrower base
-            raise ArtifactError(f"{path} is not a usable ONNX model: {error}") from error
-
-    def __call__(self, tokens: list[list[int]]) -> Vectors:
-        """Encode one padded batch."""
-        ids, mask = pad_tokens(tokens)
-        feed = {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()}
-        return cast("Vectors", self._session.run(["vectors"], feed)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +87,7 @@ class Ranker:
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors ``[texts, dimension]`` float32, in the order of the texts."""
-        return encode_texts(self._runtime, self._tokenizer, texts, self.dimension)
+        return encode_texts(self._runtime, self._tokenizer, texts)
 
     def scorer(self, name: str, items: pl.DataFrame) -> ContentScorer:
         """A scorer over an item-features table; items are encoded when first needed.
@@ -260,17 +205,6 @@ def _chunks(order: Rows, lengths: Rows, clicks: int) -> list[Rows]:
     return chunks
 
 
-def encode_texts(
-    runtime: EncoderRuntime, tokenizer: TextTokenizer, texts: Sequence[str], dimension: int
-) -> Vectors:
-    """Unit vectors ``[texts, dimension]``: tokenised, in length buckets, back in order."""
-    tokens = tokenizer(list(texts))
-    vectors = np.empty((len(tokens), dimension), dtype=np.float32)
-    for bucket in length_buckets(np.array([len(text) for text in tokens], dtype=np.int64)):
-        vectors[bucket] = runtime([tokens[i] for i in bucket])
-    return vectors
-
-
 def frozen_item_vectors(
     base_model: Path, items: pl.DataFrame, *, threads: int | None = None, max_tokens: int = 64
 ) -> tuple[list[str], Vectors]:
@@ -292,7 +226,7 @@ def frozen_item_vectors(
     tokenizer = TextTokenizer(base_model / TOKENIZER_NAME, max_tokens)
     index = ItemIndex(items)
     runtime = TorchRuntime(encoder, threads)
-    return index.ids, encode_texts(runtime, tokenizer, index.texts, encoder.dimension)
+    return index.ids, encode_texts(runtime, tokenizer, index.texts)
 
 
 def save_ranker(

@@ -28,22 +28,21 @@ from recflow.modeling.batching import (
     HiddenStates,
     IndexedImpressions,
     ItemIndex,
-    Rows,
     click_batch,
     count_clicks,
     draw_clicks,
     index_impressions,
 )
 from recflow.modeling.encoder import (
-    TOKENIZER_NAME,
     TextEncoder,
-    TextTokenizer,
     load_pretrained,
     mixed_precision,
 )
+from recflow.modeling.memory import peak_rss_bytes
 from recflow.modeling.objectives import click_loss, mean_auc
-from recflow.modeling.optimiser import Optimiser, deterministic, peak_rss_bytes
+from recflow.modeling.optimiser import Optimiser, deterministic
 from recflow.modeling.ranker import RankerParts, count_parameters, save_ranker, score_slates
+from recflow.modeling.texts import TOKENIZER_NAME, Rows, TextTokenizer
 from recflow.modeling.tracking import Progress, Tracker
 from recflow.modeling.tuning import STRATEGIES, apply_strategy
 from recflow.modeling.user_model import (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 import polars as pl
@@ -101,6 +101,8 @@ class EvaluationConfig:
             raise ConfigError.of("bootstrap_samples", self.bootstrap_samples, "1 or more")
         if not 0 < self.confidence < 1:
             raise ConfigError.of("confidence", self.confidence, "between 0 and 1, e.g. 0.95")
+        if self.cluster not in get_args(Cluster):
+            raise ConfigError.of("cluster", self.cluster, " or ".join(get_args(Cluster)))
         if self.reliability_bins < 2:
             raise ConfigError.of("reliability_bins", self.reliability_bins, "2 or more")
 

@@ -94,7 +94,7 @@ class Snapshot:
         for split in ("train", "validation", "test"):
             frame = cast("pl.DataFrame", getattr(self, split))
             SPLIT_IMPRESSIONS.check_schema(frame.schema)
-            ordered = frame.sort(Columns.TIME, Columns.IMPRESSION_ID)
+            ordered = frame.sort(Columns.TIME, Columns.IMPRESSION_ID, maintain_order=True)
             object.__setattr__(self, split, ordered)  # the one write to a frozen instance
 
 

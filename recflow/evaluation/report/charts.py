@@ -202,6 +202,7 @@ def _svg(salt: str, description: str, height: float, draw: Any) -> Markup:
     text = text[text.index("<svg") :]
     for color, variable in _VARIABLES.items():
         text = text.replace(color, variable)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # repeated in every chart, used by none
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     opening = f'<svg class="chart" role="img" aria-label="{escape(description)}"'

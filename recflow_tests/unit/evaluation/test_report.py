@@ -1,0 +1,283 @@
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from recflow.core.errors import ConfigError
+from recflow.core.measurement import Latency, Measurement
+from recflow.evaluation.evaluator import (
+    Estimate,
+    Evaluation,
+    EvaluationConfig,
+    ScorerResult,
+    evaluate,
+    predict,
+)
+from recflow.evaluation.report import (
+    SCHEMA_VERSION,
+    ReportContext,
+    report_html,
+    report_json,
+    result_table,
+    schema,
+)
+from recflow_tests.unit.evaluation.support import FixedScorer
+from recflow_tests.unit.evaluation.test_evaluator import SNAPSHOT, predictions_of
+
+HOSTILE = "<script>alert('x')</script> $a_b$ & \"c\""
+
+
+def measurement(name: str, *, size: int = 90_000_000, speed: float = 100.0) -> Measurement:
+    return Measurement(
+        name=name,
+        runtime="torch",
+        threads=1,
+        size_bytes=size,
+        parameters=22_000_000,
+        load_seconds=0.5,
+        texts_per_second=speed,
+        latencies=(Latency(32, 90.0, 95.0, 99.0, 50), Latency(1, 6.0, 7.0, 8.0, 200)),
+        peak_rss_bytes=400_000_000,
+    )
+
+
+MEASUREMENTS = [
+    measurement("fine_tuned"),
+    measurement("quantized", size=22_500_000, speed=450.0),
+]
+CONTEXT = ReportContext(
+    title="Models as of 2026-03-03",
+    data_name="Simulated logs",
+    snapshot_date="2026-03-03",
+    command="dagster asset materialize --select '*'",
+    days=["2026-03-01", "2026-03-03"],
+    missing_days=["2026-03-02"],
+    row_counts={"items": 60, "train": 12_300},
+    quarantine={"malformed_field": 12},
+    training={"models/fine_tuned": [{"epoch": 1, "loss": 1.5}, {"epoch": 2, "loss": 1.25}]},
+    links={"MLflow run": "http://localhost:5000/#/runs/1", "odd": "javascript:alert(1)"},
+    versions={"polars": "2.1.0"},
+    parents={"models/fine_tuned": "a" * 64},
+)
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Evaluation:
+    made = predictions_of(SNAPSHOT)
+    for name, shift in (("fine_tuned", 0), ("quantized", 7)):
+        values = {item: (hash_free(item) + shift) % 17 for item in SNAPSHOT.items["item_id"]}
+        made.append(predict(FixedScorer(values, name), SNAPSHOT, catalogue_sample=20, seed=0))
+    config = EvaluationConfig(bootstrap_samples=50, parents={"quantized": "fine_tuned"})
+    return evaluate(made, SNAPSHOT, config)
+
+
+def hash_free(item: str) -> int:
+    return int(item[1:])
+
+
+@pytest.fixture(scope="module")
+def page(evaluation: Evaluation) -> str:
+    return report_html(evaluation, MEASUREMENTS, CONTEXT)
+
+
+class Page(HTMLParser):
+    """Collects elements, and the text of each table."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[str] = []
+        self.text = ""
+        self._in_table = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "table":
+            self._in_table = True
+            self.tables.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self._in_table = False
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._in_table:
+            self.tables[-1] += data
+
+
+# JSON
+
+
+def test_json_follows_its_schema(evaluation: Evaluation) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    document = json.loads(report_json(evaluation, MEASUREMENTS, CONTEXT))
+    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.validate(document, schema())
+    bare = ReportContext(title="", data_name="", snapshot_date="", command="")
+    jsonschema.validate(json.loads(report_json(evaluation, [], bare)), schema())
+    document["scorers"][0]["surprise"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="surprise"):
+        jsonschema.validate(document, schema())
+
+
+def test_json_holds_the_measured_numbers(evaluation: Evaluation) -> None:
+    document = json.loads(report_json(evaluation, MEASUREMENTS, CONTEXT))
+    assert document["schema_version"] == SCHEMA_VERSION == schema()["properties"][
+        "schema_version"
+    ]["const"]  # fmt: skip
+    scorers = {scorer["name"]: scorer for scorer in document["scorers"]}
+    assert list(scorers) == [result.name for result in evaluation.scorers]
+    auc = evaluation["quantized"].metrics["auc"]
+    assert scorers["quantized"]["metrics"]["auc"]["value"] == round(auc.value, 6)
+    relative = scorers["quantized"]["relative_to_parent"]
+    parent = evaluation["fine_tuned"].metrics["auc"].value
+    assert relative["primary_change"] == round((auc.value - parent) / parent, 6)
+    assert relative["size_ratio"] == 0.25
+    assert relative["throughput_ratio"] == 4.5
+    assert scorers["random"]["cost"] is None
+    batches = [entry["batch_size"] for entry in scorers["quantized"]["cost"]["latencies"]]
+    assert batches == [1, 32]
+
+
+def test_json_never_holds_nan(evaluation: Evaluation) -> None:
+    undefined = Estimate(float("nan"), float("-inf"), float("inf"))
+    first = evaluation.scorers[0]
+    broken = dataclasses.replace(first, metrics=first.metrics | {"novelty@10": undefined})
+    other = dataclasses.replace(evaluation, scorers=(broken, *evaluation.scorers[1:]))
+    context = dataclasses.replace(CONTEXT, training={"m": [{"epoch": 1, "loss": float("nan")}]})
+    text = report_json(other, [], context)
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
+    estimate = document["scorers"][0]["metrics"]["novelty@10"]
+    assert estimate == {"value": None, "low": None, "high": None}
+    assert document["training"]["m"] == [{"epoch": 1.0, "loss": None}]
+    assert "<h1>" in report_html(other, [], context)
+
+
+def test_same_input_same_bytes(evaluation: Evaluation, page: str) -> None:
+    assert report_html(evaluation, MEASUREMENTS, CONTEXT) == page
+    first = report_json(evaluation, MEASUREMENTS, CONTEXT)
+    assert report_json(evaluation, MEASUREMENTS, CONTEXT) == first
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["unknown"], "measurement of = 'unknown'"), (["random", "random"], "the same name")],
+)
+def test_measurements_must_belong_to_scorers(
+    evaluation: Evaluation, names: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        report_json(evaluation, [measurement(name) for name in names], CONTEXT)
+
+
+# HTML
+
+
+def test_page_needs_nothing_but_itself(page: str) -> None:
+    parsed = Page(page)
+    tags = {tag for tag, _ in parsed.elements}
+    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    for tag, attributes in parsed.elements:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href"):
+            target = attributes.get(name) or "#"
+            assert target.startswith("#") or (tag, target) == ("a", CONTEXT.links["MLflow run"])
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+    assert "javascript:alert(1)" in parsed.text  # shown as text, never as a link
+
+
+def test_page_has_a_chart_of_each_kind(page: str) -> None:
+    charts = [a.get("aria-label") or "" for tag, a in Page(page).elements if tag == "svg"]
+    assert charts == [
+        "AUC of each scorer with its interval",
+        "AUC over latency of each model",
+        "Calibration: share clicked over predicted probability",
+        "AUC of each scorer with its interval",
+        "Calibration: share clicked over predicted probability",
+        "loss over the epochs",
+    ]
+    identifiers = [a["id"] for _, a in Page(page).elements if "id" in a]
+    assert len(identifiers) == len(set(identifiers))
+    assert "#0102" not in page  # every marker colour became a variable of the page
+    assert "#0202" not in page
+
+
+def test_boards_never_share_a_table(page: str) -> None:
+    for table in Page(page).tables:
+        content_only = "category_share" in table or "fine_tuned" in table
+        assert not (content_only and re.search(r"popularity(?! bias)", table))
+
+
+def test_page_shows_every_scorer_and_the_data(page: str, evaluation: Evaluation) -> None:
+    text = Page(page).text
+    for result in evaluation.scorers:
+        assert result.name in text
+        assert f"{result.metrics['auc'].value:.4f}" in text
+    for shown in ("12,300", "malformed field", "2026-03-02", CONTEXT.command, "a" * 64):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    "field", ["title", "data_name", "snapshot_date", "command", "quarantine", "training", "links"]
+)
+def test_text_from_data_is_escaped(evaluation: Evaluation, field: str) -> None:
+    values: dict[str, Any] = {
+        "quarantine": {HOSTILE: 1},
+        "training": {HOSTILE: [{"epoch": 1, HOSTILE: 0.5}]},
+        "links": {HOSTILE: "https://host/" + HOSTILE},
+    }
+    context = dataclasses.replace(CONTEXT, **{field: values.get(field, HOSTILE)})
+    html = report_html(evaluation, MEASUREMENTS, context)
+    assert "<script" not in html
+    assert html.count("alert(") >= 2  # it is there, as text
+
+
+def test_names_of_scorers_and_segments_are_escaped(evaluation: Evaluation) -> None:
+    def renamed(result: ScorerResult) -> ScorerResult:
+        segments = tuple(dataclasses.replace(s, label=HOSTILE) for s in result.segments)
+        name = HOSTILE if result.name == "fine_tuned" else result.name
+        return dataclasses.replace(result, name=name, segments=segments, parent=None)
+
+    other = dataclasses.replace(evaluation, scorers=tuple(map(renamed, evaluation.scorers)))
+    html = report_html(other, [measurement(HOSTILE)], CONTEXT)
+    assert "<script" not in html
+    assert HOSTILE in Page(html).text
+
+
+def test_page_without_extras_is_still_a_page(evaluation: Evaluation) -> None:
+    bare = ReportContext(title="t", data_name="d", snapshot_date="s", command="c")
+    text = Page(report_html(evaluation, [], bare)).text
+    assert "Cost beside accuracy" not in text
+    assert "nothing was quarantined" in text
+
+
+# Terminal
+
+
+def test_table_has_a_row_a_scorer_on_its_board(evaluation: Evaluation) -> None:
+    heading, content, counters = result_table(evaluation, MEASUREMENTS, CONTEXT).split("\n\n")
+    assert heading.startswith("Models as of 2026-03-03 – Simulated logs\n")
+    names = [line.split()[0] for line in content.splitlines()[2:]]
+    assert names == [result.name for result in evaluation.board("content-only")]
+    assert [line.split()[0] for line in counters.splitlines()[2:]] == ["popularity"]
+    quantized = next(line for line in content.splitlines() if line.startswith("quantized"))
+    assert f"{evaluation['quantized'].metrics['auc'].value:.4f} [" in quantized
+    assert quantized.endswith("22.5 MB      6.00 ms")
+
+
+def test_importing_the_evaluation_stays_cheap() -> None:
+    code = (
+        "import sys, recflow.evaluation.evaluator, recflow.evaluation.report\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy', 'sklearn', 'pandas', 'mlflow'}\n"
+        "sys.exit(str(sorted(heavy & sys.modules.keys())) if heavy & sys.modules.keys() else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -62,10 +62,11 @@ def dev(
 def report(data: Data = "movielens") -> None:
     """Print the newest result table of a demonstration and the path of its report."""
     from recflow.adapters.artifact_store import ArtifactStore
-    from recflow.demo import REPORT_KEY, find_deployment
+    from recflow.adapters.keys import REPORT
+    from recflow.demo import find_deployment
 
     settings = find_deployment(data).settings
-    artifact = ArtifactStore(settings.store_dir).get(REPORT_KEY, str(settings.last_day))
+    artifact = ArtifactStore(settings.store_dir).get(REPORT, str(settings.last_day))
     print(artifact.file("table.txt").read_text(encoding="utf-8"))
     print(f"Report: {artifact.file('report.html').absolute()}")
 

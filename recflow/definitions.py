@@ -14,7 +14,7 @@ from recflow.defs.prepare import assets as prepare
 from recflow.defs.resources import make_resources, settings
 from recflow.defs.schedules import SCHEDULES
 from recflow.defs.splits import assets as splits
-from recflow.defs.tracking import tracking_sensors
+from recflow.defs.tracking import tracked_executor, tracking_sensors
 
 STAGES = [ingest, prepare, features, splits, models, evaluation]
 
@@ -22,25 +22,23 @@ STAGES = [ingest, prepare, features, splits, models, evaluation]
 FRESH_FOR = timedelta(hours=36)
 
 
-def _with_freshness(definitions: dg.Definitions) -> dg.Definitions:
-    """Expect new results every night, unless the logs have ended."""
-    if settings.last_day is not None:
-        return definitions
-    policy = dg.FreshnessPolicy.time_window(fail_window=FRESH_FOR)
-    return definitions.map_asset_specs(
-        func=lambda spec: dg.apply_freshness_policy(spec, policy),
-        selection=dg.AssetSelection.groups("models", "evaluation"),
-    )
+FRESH_GROUPS = {models.GROUP, evaluation.GROUP}
 
 
-defs = _with_freshness(
-    dg.Definitions(
-        assets=[ingest.logs_spec, ingest.catalogue_spec, *dg.load_assets_from_modules(STAGES)],
-        asset_checks=dg.load_asset_checks_from_modules(STAGES),
-        jobs=JOBS,
-        schedules=SCHEDULES,
-        sensors=tracking_sensors,
-        resources=make_resources(),
-        loggers={"console": console_logger},
-    )
+def _with_freshness(spec: dg.AssetSpec) -> dg.AssetSpec:
+    """Expect new models and reports every night, unless the logs have ended."""
+    if settings.last_day is not None or spec.group_name not in FRESH_GROUPS:
+        return spec
+    return dg.apply_freshness_policy(spec, dg.FreshnessPolicy.time_window(fail_window=FRESH_FOR))
+
+
+defs = dg.Definitions(
+    assets=dg.map_asset_specs(_with_freshness, dg.load_assets_from_modules(STAGES, include_specs=True)),
+    asset_checks=dg.load_asset_checks_from_modules(STAGES),
+    jobs=JOBS,
+    schedules=SCHEDULES,
+    sensors=tracking_sensors,
+    resources=make_resources(),
+    loggers={"console": console_logger},
+    executor=tracked_executor,
 )

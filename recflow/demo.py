@@ -20,6 +20,7 @@ from pathlib import Path
 import polars as pl
 
 from recflow.adapters.artifact_store import ArtifactStore
+from recflow.adapters.keys import REPORT
 from recflow.core.artifacts import JsonValue, write_text_atomically
 from recflow.core.columns import Columns
 from recflow.core.errors import ConfigError, RecflowError
@@ -29,7 +30,6 @@ from recflow.settings import ENV_FILE_VARIABLE, ENV_PREFIX, PROJECT_ROOT, Settin
 
 INGEST_SELECTION = "group:ingest or group:prepare or group:features"
 TRAIN_SELECTION = "group:splits or group:models or group:evaluation"
-REPORT_KEY = "evaluation/report"
 _INSTANCE_FILE = PROJECT_ROOT / "docker" / "dagster.yaml"
 
 
@@ -135,7 +135,7 @@ def run_demo(
         PROFILES[data].run_config,
         say,
     )
-    report = ArtifactStore(settings.store_dir).get(REPORT_KEY, str(settings.last_day))
+    report = ArtifactStore(settings.store_dir).get(REPORT, str(settings.last_day))
     say("")
     say(report.file("table.txt").read_text(encoding="utf-8"))
     return report.file("report.html").absolute()

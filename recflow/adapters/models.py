@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import cast
 
 from recflow.adapters.artifact_store import ArtifactStore
-from recflow.adapters.snapshots import TEST, Snapshot, load_snapshot
+from recflow.adapters.keys import FINE_TUNED, PRUNED, QUANTIZED, TEST
+from recflow.adapters.snapshots import Snapshot, load_snapshot
 from recflow.compression.prune import PruningConfig, PruningReport, prune_ranker
 from recflow.compression.quantize import QuantizationConfig, QuantizationReport, quantize_ranker
 from recflow.core.artifacts import Artifact, Draft, JsonValue, sha256_of
 from recflow.core.errors import ArtifactError
 from recflow.modeling.tracking import Tracker
 from recflow.modeling.trainer import TrainingConfig, TrainingReport, train_ranker
-
-FINE_TUNED = "models/fine_tuned"
-PRUNED = "models/pruned"
-QUANTIZED = "models/quantized"
 
 
 def build_fine_tuned(
@@ -55,7 +52,7 @@ def build_fine_tuned(
         snapshot,
         train,
         parents=_without_test(data),
-        config={**asdict(config), "base_model_sha256": _weights_hash(base_model)},
+        config={**asdict(config), "base_model_sha256": weights_hash(base_model)},
         code_version=code_version,
         rebuild=rebuild,
     )
@@ -156,7 +153,12 @@ def _without_test(data: Snapshot) -> dict[str, Artifact]:
     return {key: artifact for key, artifact in data.artifacts.items() if key != TEST}
 
 
-def _weights_hash(base_model: Path) -> str:
+def weights_hash(base_model: Path) -> str:
+    """SHA-256 of the weights of a pretrained encoder.
+
+    Raises:
+        ArtifactError: It has no weights.
+    """
     weights = base_model / "model.safetensors"
     if not weights.is_file():
         raise ArtifactError(

@@ -10,6 +10,14 @@ from functools import cache
 import polars as pl
 
 from recflow.adapters.artifact_store import ArtifactStore
+from recflow.adapters.keys import (
+    FEATURES_IMPRESSIONS,
+    FEATURES_ITEMS,
+    ITEMS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+)
 from recflow.adapters.parquet_io import Table, read_frame, read_frames, write_table
 from recflow.adapters.validations import require_valid
 from recflow.core.artifacts import Artifact, Draft, JsonValue
@@ -17,10 +25,6 @@ from recflow.core.columns import IMPRESSION_FEATURES, ITEM_FEATURES, Columns
 from recflow.core.errors import SourceError
 from recflow.data.split import SplitConfig, Splits, missing_days, split_by_time
 
-TRAIN = "splits/train"
-VALIDATION = "splits/validation"
-TEST = "splits/test"
-ITEMS = "splits/items"
 SPLIT_KEYS = (TRAIN, VALIDATION, TEST, ITEMS)
 
 
@@ -37,8 +41,6 @@ def build_snapshot(
     store: ArtifactStore,
     snapshot: str,
     *,
-    impressions_key: str,
-    items_key: str,
     window: Sequence[str],
     config: SplitConfig,
     code_version: str,
@@ -49,8 +51,6 @@ def build_snapshot(
     Args:
         store: Where the days are read and the splits are written.
         snapshot: Partition key of the snapshot: the last day of the window.
-        impressions_key: Artifact key of the impression features.
-        items_key: Artifact key of the item features.
         window: Partition keys of the window's days, oldest first.
         config: Lengths of the splits and of the histories.
         code_version: Version of the splitting code.
@@ -63,22 +63,22 @@ def build_snapshot(
         SourceError: No day of the window is stored.
         ContractError: A day of the window is not validated, or failed its validation.
     """
-    impressions = store.existing(impressions_key, window)
-    items = store.existing(items_key, window)
+    impressions = store.existing(FEATURES_IMPRESSIONS, window)
+    items = store.existing(FEATURES_ITEMS, window)
     if not impressions or not items:
         raise SourceError(
             f"snapshot {snapshot} has no day to read from {window[0]} to {window[-1]}; "
-            f"materialise {impressions_key} and {items_key} for that window first"
+            f"materialise {FEATURES_IMPRESSIONS} and {FEATURES_ITEMS} for that window first"
         )
-    require_valid(store, impressions_key, impressions)
-    require_valid(store, items_key, items)
+    require_valid(store, FEATURES_IMPRESSIONS, impressions)
+    require_valid(store, FEATURES_ITEMS, items)
     present = {date.fromisoformat(day) for day in impressions}
     last_day = date.fromisoformat(snapshot)
     missing = missing_days(present, last_day=last_day, window_days=config.window_days)
     tables = cache(lambda: _tables(impressions, items, last_day, config))
     parents = {
-        **{f"{impressions_key}/{day}": artifact for day, artifact in impressions.items()},
-        **{f"{items_key}/{day}": artifact for day, artifact in items.items()},
+        **{f"{FEATURES_IMPRESSIONS}/{day}": artifact for day, artifact in impressions.items()},
+        **{f"{FEATURES_ITEMS}/{day}": artifact for day, artifact in items.items()},
     }
 
     def build(key: str) -> Artifact:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import polars as pl
 
 from recflow.adapters.artifact_store import ArtifactStore
+from recflow.adapters.keys import validation_of
 from recflow.core.artifacts import Artifact, Draft
 from recflow.core.columns import TableContract
 from recflow.core.errors import ContractError
@@ -17,11 +18,6 @@ from recflow.quality.summary import summary_html
 SUMMARY = "summary.html"
 RESULT = "validation.json"
 _CODE_VERSION = "1"
-
-
-def validation_key(table_key: str) -> str:
-    """Artifact key of the validations of a table."""
-    return f"validations/{table_key}"
 
 
 def validate_days(
@@ -46,7 +42,7 @@ def validate_days(
             _write(draft, table_key, day, results[tables[day].digest])
 
         found[day] = store.build(
-            validation_key(table_key),
+            validation_of(table_key),
             day,
             write,
             code_version=_CODE_VERSION,
@@ -78,7 +74,7 @@ def require_valid(store: ArtifactStore, table_key: str, tables: Mapping[str, Art
 
 def _find(store: ArtifactStore, table_key: str, day: str, table: Artifact) -> Artifact | None:
     return store.find(
-        validation_key(table_key),
+        validation_of(table_key),
         day,
         code_version=_CODE_VERSION,
         parents={table_key: table},

@@ -1,13 +1,19 @@
 """What the stages share: partition keys, owners, and metadata people look at."""
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from recflow.core.artifacts import Artifact, JsonValue
 from recflow.core.columns import Column, TableContract
 from recflow.data.split import Claim
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OWNERS = ["team:recommendation"]
 
@@ -16,6 +22,13 @@ class Rebuild(dg.Config):
     """Work that is already stored is reused unless this says otherwise."""
 
     rebuild: bool = False
+
+
+def code_version_of(context: dg.AssetExecutionContext) -> str:
+    """Code version of the asset that is being made; artifacts are stored under the same."""
+    version = context.assets_def.code_versions_by_key[next(iter(context.selected_asset_keys))]
+    assert version is not None
+    return version
 
 
 def column_schema(contract: TableContract) -> dg.TableSchema:
@@ -67,7 +80,7 @@ def days_result(
 
 
 def artifact_result(
-    key: str, artifact: Artifact, extra: Mapping[str, object] | None = None
+    key: str, artifact: Artifact, extra: Mapping[str, Any] | None = None
 ) -> dg.MaterializeResult:
     """Report one artifact, with its digest as the data version."""
     return dg.MaterializeResult(
@@ -77,9 +90,12 @@ def artifact_result(
     )
 
 
-def claim_result(key: str, claim: Claim) -> dg.AssetCheckResult:
+def claim_result(
+    key: str, claim: Claim, severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR
+) -> dg.AssetCheckResult:
     """Report a claim about an asset as an asset check."""
     return dg.AssetCheckResult(
+        severity=severity,
         asset_key=dg.AssetKey(key.split("/")),
         check_name=claim.name,
         passed=claim.holds,
@@ -94,6 +110,32 @@ def claim_result(key: str, claim: Claim) -> dg.AssetCheckResult:
 def link_to(path: Path) -> dg.MetadataValue:
     """A link that opens a local file."""
     return dg.MetadataValue.url(path.absolute().as_uri())
+
+
+def curve_plot(points: Sequence[Mapping[str, Any]], series: str) -> dg.MetadataValue:
+    """A small line chart of ``series`` over ``points``, shown in Dagster's Markdown."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 2.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(range(1, len(points) + 1), [point[series] for point in points], marker="o")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(series.replace("_", " "))
+    return _image(figure, series)
+
+
+def bar_plot(values: Mapping[str, float], label: str) -> dg.MetadataValue:
+    """A small bar chart, largest first, shown in Dagster's Markdown."""
+    from matplotlib.figure import Figure
+
+    ordered = sorted(values.items(), key=lambda item: item[1])
+    figure = Figure(figsize=(5, 0.4 + 0.25 * len(ordered)), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.barh([name for name, _ in ordered], [value for _, value in ordered])
+    axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=7)
+    axes.margins(x=0.15)
+    axes.set_xlabel(label)
+    return _image(figure, label)
 
 
 def counts_table(title: str, counts: Mapping[str, int]) -> dg.MetadataValue:
@@ -117,6 +159,13 @@ def keys_of(specs: Sequence[str]) -> list[dg.AssetKey]:
     return [dg.AssetKey(name.split("/")) for name in specs]
 
 
+def _image(figure: "Figure", title: str) -> dg.MetadataValue:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{encoded})")
+
+
 def _table_column(column: Column) -> dg.TableColumn:
     constraints = dg.TableColumnConstraints(nullable=column.nullable, unique=column.unique)
     return dg.TableColumn(
@@ -133,7 +182,7 @@ def _int(value: JsonValue) -> int:
     return value
 
 
-def _as_metadata(value: object) -> dg.MetadataValue:
+def _as_metadata(value: Any) -> dg.MetadataValue:
     match value:
         case bool():
             return dg.MetadataValue.bool(value)

@@ -5,18 +5,29 @@ from collections.abc import Sequence
 
 import dagster as dg
 
+from recflow.adapters.keys import (
+    CLEANED_IMPRESSIONS,
+    CLEANED_ITEMS,
+    FEATURES_IMPRESSIONS,
+    FEATURES_ITEMS,
+)
 from recflow.adapters.parquet_io import Table, build_days, read_frame
 from recflow.core.artifacts import Artifact
 from recflow.core.columns import IMPRESSION_FEATURES, ITEM_FEATURES, TableContract
 from recflow.data.features import impression_features, item_features
-from recflow.defs.common import OWNERS, Rebuild, days_result, keys_of, link_to, table_metadata
+from recflow.defs.common import (
+    OWNERS,
+    Rebuild,
+    code_version_of,
+    days_result,
+    keys_of,
+    link_to,
+    table_metadata,
+)
 from recflow.defs.partitions import DAILY, ONE_RUN
-from recflow.defs.prepare.assets import CLEANED_IMPRESSIONS, CLEANED_ITEMS
 from recflow.defs.resources import StoreResource
 
 GROUP = "features"
-FEATURES_IMPRESSIONS = "features/impressions"
-FEATURES_ITEMS = "features/items"
 MEETS_CONTRACT = "meets_contract"
 
 
@@ -43,7 +54,7 @@ def features_items(
         context.partition_keys,
         lambda inputs: Table(item_features(read_frame(inputs[CLEANED_ITEMS]))),
         parents=[CLEANED_ITEMS],
-        code_version="1",
+        code_version=code_version_of(context),
         config={},
         rebuild=config.rebuild,
     )
@@ -73,7 +84,7 @@ def features_impressions(
         context.partition_keys,
         lambda inputs: Table(impression_features(read_frame(inputs[CLEANED_IMPRESSIONS]))),
         parents=[CLEANED_IMPRESSIONS],
-        code_version="1",
+        code_version=code_version_of(context),
         config={},
         rebuild=config.rebuild,
     )

@@ -2,15 +2,14 @@
 
 import dagster as dg
 
+from recflow.adapters.keys import RAW_IMPRESSIONS, RAW_ITEMS
 from recflow.adapters.parquet_io import ingest_impressions, ingest_items
 from recflow.core.columns import IMPRESSIONS, ITEMS
-from recflow.defs.common import OWNERS, Rebuild, days_result, table_metadata
+from recflow.defs.common import OWNERS, Rebuild, code_version_of, days_result, table_metadata
 from recflow.defs.partitions import DAILY, ONE_RUN
 from recflow.defs.resources import LogsResource, StoreResource
 
 GROUP = "ingest"
-RAW_IMPRESSIONS = "raw/impressions"
-RAW_ITEMS = "raw/items"
 
 logs_spec = dg.AssetSpec(
     ["source", "logs"],
@@ -50,7 +49,7 @@ def raw_impressions(
         RAW_IMPRESSIONS,
         logs.open(),
         context.partition_keys,
-        code_version="1",
+        code_version=code_version_of(context),
         rebuild=config.rebuild,
     )
     return days_result(context, built)
@@ -78,7 +77,7 @@ def raw_items(
         RAW_ITEMS,
         logs.open(),
         context.partition_keys,
-        code_version="1",
+        code_version=code_version_of(context),
         rebuild=config.rebuild,
     )
     return days_result(context, built)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import dagster as dg
 import polars as pl
 
+from recflow.adapters.keys import CLEANED_IMPRESSIONS, CLEANED_ITEMS, RAW_IMPRESSIONS, RAW_ITEMS
 from recflow.adapters.parquet_io import QUARANTINED, Table, build_days, read_frame
 from recflow.core.artifacts import Artifact
 from recflow.core.columns import IMPRESSIONS, ITEMS, Columns
@@ -12,19 +13,17 @@ from recflow.data.clean import Cleaned, clean_impressions, clean_items
 from recflow.defs.common import (
     OWNERS,
     Rebuild,
+    code_version_of,
     counts_table,
     days_result,
     keys_of,
     table_metadata,
     total_counts,
 )
-from recflow.defs.ingest.assets import RAW_IMPRESSIONS, RAW_ITEMS
 from recflow.defs.partitions import DAILY, ONE_RUN
 from recflow.defs.resources import StoreResource, settings
 
 GROUP = "prepare"
-CLEANED_IMPRESSIONS = "cleaned/impressions"
-CLEANED_ITEMS = "cleaned/items"
 ROWS_ADD_UP = "rows_add_up"
 
 
@@ -51,7 +50,7 @@ def cleaned_items(
         context.partition_keys,
         lambda inputs: _table(inputs[RAW_ITEMS], clean_items(read_frame(inputs[RAW_ITEMS]))),
         parents=[RAW_ITEMS],
-        code_version="1",
+        code_version=code_version_of(context),
         config={},
         rebuild=config.rebuild,
     )
@@ -88,7 +87,7 @@ def cleaned_impressions(
         context.partition_keys,
         clean,
         parents=[RAW_IMPRESSIONS, CLEANED_ITEMS],
-        code_version="1",
+        code_version=code_version_of(context),
         config={"max_history": settings.max_history},
         rebuild=config.rebuild,
     )

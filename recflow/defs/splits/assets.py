@@ -4,6 +4,14 @@ from collections.abc import Iterator
 
 import dagster as dg
 
+from recflow.adapters.keys import (
+    FEATURES_IMPRESSIONS,
+    FEATURES_ITEMS,
+    ITEMS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+)
 from recflow.core.columns import ITEM_FEATURES, SPLIT_IMPRESSIONS
 from recflow.data.split import (
     SplitConfig,
@@ -11,16 +19,18 @@ from recflow.data.split import (
     no_impression_in_two_splits,
     train_precedes_validation,
 )
-from recflow.defs.common import OWNERS, Rebuild, artifact_result, claim_result, table_metadata
-from recflow.defs.features.assets import FEATURES_IMPRESSIONS, FEATURES_ITEMS
+from recflow.defs.common import (
+    OWNERS,
+    Rebuild,
+    artifact_result,
+    claim_result,
+    code_version_of,
+    table_metadata,
+)
 from recflow.defs.partitions import DAILY, WINDOW, window_keys
 from recflow.defs.resources import StoreResource, settings
 
 GROUP = "splits"
-TRAIN = "splits/train"
-VALIDATION = "splits/validation"
-TEST = "splits/test"
-ITEMS = "splits/items"
 CLAIMS = (train_precedes_validation, no_impression_in_two_splits, features_are_point_in_time)
 SPLIT_CONFIG = SplitConfig(
     window_days=settings.window_days,
@@ -64,11 +74,9 @@ def splits(
     built = build_snapshot(
         store.open(),
         context.partition_key,
-        impressions_key=FEATURES_IMPRESSIONS,
-        items_key=FEATURES_ITEMS,
         window=window_keys(context.partition_key, settings.window_days),
         config=SPLIT_CONFIG,
-        code_version="1",
+        code_version=code_version_of(context),
         rebuild=config.rebuild,
     )
     for key, artifact in built.items():

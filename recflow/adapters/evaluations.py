@@ -1,0 +1,342 @@
+"""Evaluations as artifacts: every scorer's predictions, the measured costs, and the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import date, timedelta
+from pathlib import Path
+from typing import cast
+
+from recflow.adapters.artifact_store import ArtifactStore
+from recflow.adapters.keys import (
+    CLEANED_IMPRESSIONS,
+    CLEANED_ITEMS,
+    FINE_TUNED,
+    MEASUREMENTS,
+    PREDICTIONS,
+    PRUNED,
+    QUANTIZED,
+    REPORT,
+    TEST,
+)
+from recflow.adapters.models import weights_hash
+from recflow.adapters.snapshots import Snapshot as StoredSnapshot
+from recflow.adapters.snapshots import load_snapshot
+from recflow.compression.measure import MeasurementConfig, measure
+from recflow.core.artifacts import Artifact, Draft, JsonValue, library_versions
+from recflow.core.columns import Columns
+from recflow.core.measurement import Latency, Measurement
+from recflow.core.seeding import make_rng
+from recflow.data.sources.base import Source
+from recflow.data.split import Claim
+from recflow.evaluation.baselines import (
+    CategoryShareScorer,
+    DecayedPopularityScorer,
+    PopularityScorer,
+    RandomScorer,
+    TextSimilarityScorer,
+)
+from recflow.evaluation.evaluator import Evaluation, EvaluationConfig, evaluate
+from recflow.evaluation.report import ReportContext, report_html, report_json, result_table
+from recflow.evaluation.scoring import Predictions, Scorer, Snapshot, predict
+from recflow.modeling.ranker import frozen_item_vectors, load_ranker
+
+VARIANTS = {"fine_tuned": FINE_TUNED, "pruned": PRUNED, "quantized": QUANTIZED}
+PARENT_OF = {"pruned": "fine_tuned", "quantized": "fine_tuned"}
+# Counters that a nightly job and a stream processor would have: a day old, and ten minutes old.
+COUNTER_DELAYS_MINUTES = (24 * 60, 10)
+COUNTER_HALF_LIFE_HOURS = 4
+CONTENT_BASELINES = (RandomScorer.name, CategoryShareScorer.name, "text_similarity")
+HEADLINE_METRICS = ("auc", "mrr", "ndcg@5", "ndcg@10", "log_loss")
+
+logger = logging.getLogger("recflow.evaluation")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringConfig:
+    """How a snapshot is scored.
+
+    Attributes:
+        catalogue_sample: Test impressions for which the whole catalogue is ranked.
+        seed: Seed of the random baseline and of the sample.
+        threads: Threads a model may use.
+    """
+
+    catalogue_sample: int
+    seed: int
+    threads: int
+
+
+def build_predictions(
+    store: ArtifactStore,
+    snapshot: str,
+    *,
+    base_model: Path,
+    config: ScoringConfig,
+    code_version: str,
+    rebuild: bool = False,
+) -> Artifact:
+    """Score validation and test with every baseline and every model of the snapshot."""
+    models = {name: store.get(key, snapshot) for name, key in VARIANTS.items()}
+    stored = load_snapshot(store, snapshot)
+
+    def build(draft: Draft) -> None:
+        data = Snapshot(
+            items=stored.items,
+            train=stored.splits.train,
+            validation=stored.splits.validation,
+            test=stored.splits.test,
+        )
+        for scorer in _scorers(data, models, base_model, config):
+            logger.info("scoring with %s", scorer.name)
+            predictions = predict(
+                scorer, data, catalogue_sample=config.catalogue_sample, seed=config.seed
+            )
+            predictions.save(draft.path / scorer.name)
+        draft.facts["scorers"] = [*sorted(path.name for path in draft.path.iterdir())]
+
+    return store.build(
+        PREDICTIONS,
+        snapshot,
+        build,
+        code_version=code_version,
+        parents={**stored.artifacts, **{VARIANTS[name]: model for name, model in models.items()}},
+        config={
+            **asdict(config),
+            "base_model_sha256": weights_hash(base_model),
+            "counter_delays_minutes": list(COUNTER_DELAYS_MINUTES),
+            "counter_half_life_hours": COUNTER_HALF_LIFE_HOURS,
+        },
+        rebuild=rebuild,
+    )
+
+
+def build_measurements(
+    store: ArtifactStore,
+    snapshot: str,
+    *,
+    texts: int,
+    config: MeasurementConfig,
+    code_version: str,
+    rebuild: bool = False,
+) -> Artifact:
+    """Measure size, latency, throughput and memory of every model of the snapshot.
+
+    Args:
+        store: Where the models are.
+        snapshot: Partition of the snapshot.
+        texts: Catalogue texts that are drawn to measure with.
+        config: How to measure.
+        code_version: Version of the measuring code.
+        rebuild: Measure again what was measured.
+    """
+    models = {name: store.get(key, snapshot) for name, key in VARIANTS.items()}
+    items = load_snapshot(store, snapshot).items
+
+    def build(draft: Draft) -> None:
+        sample = items[Columns.TEXT].sample(
+            min(texts, items.height), seed=int(make_rng(0, "measured texts").integers(2**31))
+        )
+        paths = {name: model.path for name, model in models.items()}
+        measurements = measure(paths, sample.to_list(), config)
+        content = [asdict(measurement) for measurement in measurements]
+        text = json.dumps(content, indent=2, sort_keys=True)
+        (draft.path / "measurements.json").write_text(text + "\n", encoding="utf-8")
+        for measurement in measurements:
+            draft.facts[measurement.name] = cast("JsonValue", asdict(measurement))
+
+    return store.build(
+        MEASUREMENTS,
+        snapshot,
+        build,
+        code_version=code_version,
+        parents={VARIANTS[name]: model for name, model in models.items()},
+        config={**asdict(config), "texts": texts},
+        rebuild=rebuild,
+    )
+
+
+def build_report(
+    store: ArtifactStore,
+    snapshot: str,
+    *,
+    source: Source,
+    window: Sequence[str],
+    context: ReportContext,
+    config: EvaluationConfig,
+    code_version: str,
+    rebuild: bool = False,
+) -> Artifact:
+    """Evaluate the predictions; write ``report.html``, ``report.json`` and ``table.txt``.
+
+    Args:
+        store: Where predictions, measurements and models are.
+        snapshot: Partition of the snapshot.
+        source: The logs; simulated ones know the truth.
+        window: Partition keys of the snapshot's days, oldest first.
+        context: Title, command and links; what the store knows is filled in here.
+        config: How predictions are judged.
+        code_version: Version of the reporting code.
+        rebuild: Write again what is written.
+    """
+    predictions = store.get(PREDICTIONS, snapshot)
+    measurements = store.get(MEASUREMENTS, snapshot)
+    models = {name: store.get(key, snapshot) for name, key in VARIANTS.items()}
+    stored = load_snapshot(store, snapshot)
+    parents = {PREDICTIONS: predictions, MEASUREMENTS: measurements, **stored.artifacts}
+
+    def build(draft: Draft) -> None:
+        data = _with_truth(stored, source, window)
+        evaluation = evaluate(
+            load_predictions(predictions), data, replace(config, parents=PARENT_OF)
+        )
+        costs = load_measurements(measurements)
+        full = replace(
+            context,
+            days=[day for day in window if day not in _missing_days(stored)],
+            missing_days=_missing_days(stored),
+            row_counts={key: artifact.facts["rows"] for key, artifact in stored.artifacts.items()},
+            quarantine=_quarantine(store, window),
+            training={name: _epochs(model) for name, model in models.items() if _epochs(model)},
+            versions=library_versions(),
+            parents={key: artifact.digest for key, artifact in parents.items()},
+        )
+        pages = {
+            "report.html": report_html(evaluation, costs, full),
+            "report.json": report_json(evaluation, costs, full),
+            "table.txt": result_table(evaluation, costs, full) + "\n",
+        }
+        for name, text in pages.items():
+            (draft.path / name).write_text(text, encoding="utf-8")
+        draft.facts |= _headline(evaluation)
+
+    return store.build(
+        REPORT,
+        snapshot,
+        build,
+        code_version=code_version,
+        parents=parents,
+        config=cast("dict[str, JsonValue]", asdict(config)),
+        rebuild=rebuild,
+    )
+
+
+def report_context(data_name: str, snapshot: str) -> ReportContext:
+    """What is known of a report before anything is read."""
+    return ReportContext(
+        title="recflow evaluation",
+        data_name=data_name,
+        snapshot_date=snapshot,
+        command=(
+            "dagster asset materialize -m recflow.definitions "
+            f"--select 'key:\"{REPORT}\"' --partition {snapshot}"
+        ),
+    )
+
+
+def headline(report: Artifact, metric: str | None = None) -> dict[str, float]:
+    """Headline numbers of a report: ``scorer.metric``, or by scorer for one ``metric``."""
+    numbers = {k: v for k, v in report.facts.items() if isinstance(v, float)}
+    if metric is None:
+        return numbers
+    ending = f".{metric}"
+    return {k.removesuffix(ending): v for k, v in numbers.items() if k.endswith(ending)}
+
+
+def beats_content_baselines(report: Artifact) -> Claim:
+    """Claim that the fine-tuned model has a better AUC than each content-only baseline."""
+    auc = headline(report, "auc")
+    lead = {name: auc["fine_tuned"] - auc[name] for name in CONTENT_BASELINES}
+    return Claim(
+        name="fine_tuned_beats_content_baselines",
+        holds=min(lead.values()) > 0,
+        description="AUC of the fine-tuned model less that of each content-only baseline: "
+        + ", ".join(f"{name} {difference:+.4f}" for name, difference in lead.items()),
+        facts={f"lead_over_{name}": difference for name, difference in lead.items()},
+        examples=[],
+    )
+
+
+def load_predictions(artifact: Artifact) -> list[Predictions]:
+    """Load the predictions of every scorer."""
+    names = cast("list[str]", artifact.facts["scorers"])
+    return [Predictions.load(artifact.path / name) for name in names]
+
+
+def load_measurements(artifact: Artifact) -> list[Measurement]:
+    """Load the measured costs of every model."""
+    content = json.loads(artifact.file("measurements.json").read_text(encoding="utf-8"))
+    return [
+        Measurement(**{**entry, "latencies": tuple(Latency(**x) for x in entry["latencies"])})
+        for entry in content
+    ]
+
+
+def _scorers(
+    data: Snapshot, models: Mapping[str, Artifact], base_model: Path, config: ScoringConfig
+) -> Iterator[Scorer]:
+    """Every scorer in turn, so that no more than one model is in memory."""
+    yield RandomScorer(config.seed)
+    yield PopularityScorer(data.train)
+    for minutes in COUNTER_DELAYS_MINUTES:
+        yield DecayedPopularityScorer(
+            [data.train, data.validation, data.test],
+            half_life_hours=COUNTER_HALF_LIFE_HOURS,
+            delay_minutes=minutes,
+        )
+    yield CategoryShareScorer(data.items)
+    ids, vectors = frozen_item_vectors(base_model, data.items, threads=config.threads)
+    yield TextSimilarityScorer(ids, vectors, data.train)
+    for name, artifact in models.items():
+        yield load_ranker(artifact.path, threads=config.threads).scorer(name, data.items)
+
+
+def _with_truth(stored: StoredSnapshot, source: Source, window: Sequence[str]) -> Snapshot:
+    """The snapshot as evaluation sees it, with the ground truth where the logs have one."""
+    end = date.fromisoformat(window[-1]) + timedelta(days=1)
+    truth = source.truth(date.fromisoformat(window[0]), end)
+    splits = stored.splits
+    return Snapshot(
+        items=stored.items,
+        train=splits.train,
+        validation=splits.validation,
+        test=splits.test,
+        truth=None if truth is None else truth.collect(),
+    )
+
+
+def _missing_days(stored: StoredSnapshot) -> list[str]:
+    return cast("list[str]", stored.artifacts[TEST].facts["missing_days"])
+
+
+def _quarantine(store: ArtifactStore, window: Sequence[str]) -> dict[str, int]:
+    """Quarantined rows by reason: every day's impressions, and the newest catalogue."""
+    impressions = store.existing(CLEANED_IMPRESSIONS, window).values()
+    catalogues = list(store.existing(CLEANED_ITEMS, window).values())
+    totals: dict[str, int] = {}
+    for artifact in [*impressions, *catalogues[-1:]]:
+        for reason, rows in cast("dict[str, int]", artifact.facts["quarantined_by_reason"]).items():
+            totals[reason] = totals.get(reason, 0) + rows
+    return totals
+
+
+def _epochs(model: Artifact) -> list[dict[str, float]]:
+    """The learning curve of a model that was trained."""
+    epochs = cast("list[dict[str, float]]", model.facts.get("epochs", []))
+    return [
+        {"epoch": number, "loss": e["loss"], "validation_auc": e["validation_auc"]}
+        for number, e in enumerate(epochs, start=1)
+    ]
+
+
+def _headline(evaluation: Evaluation) -> dict[str, JsonValue]:
+    """The numbers worth following from one report to the next, by scorer and metric."""
+    return {
+        f"{result.name}.{metric}": estimate.value
+        for result in evaluation.scorers
+        for metric, estimate in result.metrics.items()
+        if metric in HEADLINE_METRICS
+    }

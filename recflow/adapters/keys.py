@@ -1,0 +1,28 @@
+"""Names of everything that is stored; an artifact's key is the key of the asset that makes it."""
+
+from __future__ import annotations
+
+RAW_IMPRESSIONS = "raw/impressions"
+RAW_ITEMS = "raw/items"
+CLEANED_IMPRESSIONS = "cleaned/impressions"
+CLEANED_ITEMS = "cleaned/items"
+FEATURES_IMPRESSIONS = "features/impressions"
+FEATURES_ITEMS = "features/items"
+
+TRAIN = "splits/train"
+VALIDATION = "splits/validation"
+TEST = "splits/test"
+ITEMS = "splits/items"
+
+FINE_TUNED = "models/fine_tuned"
+PRUNED = "models/pruned"
+QUANTIZED = "models/quantized"
+
+PREDICTIONS = "evaluation/predictions"
+MEASUREMENTS = "evaluation/measurements"
+REPORT = "evaluation/report"
+
+
+def validation_of(table: str) -> str:
+    """Key of the validations of a table."""
+    return f"validations/{table}"

@@ -1,0 +1,186 @@
+"""Models: fine-tuned from the pretrained encoder, and the smaller versions of it."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import dagster as dg
+from pydantic import Field
+
+from recflow.adapters.keys import FINE_TUNED, ITEMS, PRUNED, QUANTIZED, TRAIN, VALIDATION
+from recflow.core.artifacts import Artifact
+from recflow.defs.common import (
+    OWNERS,
+    Rebuild,
+    artifact_result,
+    code_version_of,
+    curve_plot,
+    keys_of,
+)
+from recflow.defs.partitions import DAILY
+from recflow.defs.resources import BaseModelResource, StoreResource, settings
+from recflow.defs.tracking import run_metadata, tracker_of
+
+GROUP = "models"
+# Steps of this pool do not run side by side: each uses every core.
+POOL = "compute"
+
+pretrained_spec = dg.AssetSpec(
+    ["source", "pretrained_encoder"],
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"huggingface"},
+    description="The pretrained text encoder that fine-tuning starts from (all-MiniLM-L6-v2).",
+)
+
+
+class FineTuningConfig(Rebuild):
+    """How the encoder and the user model are trained; see ``TrainingConfig`` for the limits."""
+
+    strategy: Literal["frozen", "top_k_layers"] = Field(
+        "top_k_layers", description="Which encoder weights learn"
+    )
+    tuned_layers: int = Field(2, description="Last layers that top_k_layers trains")
+    max_tokens: int = Field(64, description="Longest text in tokens")
+    negatives: int = Field(8, description="Non-clicked candidates sampled for a click")
+    clicks_per_impression: int = Field(4, description="Clicks of an impression used an epoch")
+    max_impressions_per_epoch: int = Field(20_000, description="Impressions used an epoch")
+    head_epochs: int = Field(4, description="Epochs of the user model on frozen vectors")
+    encoder_epochs: int = Field(2, description="Epochs of encoder and user model together")
+    max_texts_per_step: int = Field(256, description="Distinct items encoded with gradient a step")
+    head_learning_rate: float = Field(2e-3, description="Peak learning rate of the user model")
+    encoder_learning_rate: float = Field(5e-5, description="Peak learning rate of the encoder")
+    patience: int = Field(2, description="Epochs without a better validation AUC until the end")
+
+
+class PruningRunConfig(Rebuild):
+    """How much of the encoder is removed, and how it recovers."""
+
+
+class QuantizationRunConfig(Rebuild):
+    """How the encoder is quantized."""
+
+
+@dg.asset(
+    key=FINE_TUNED.split("/"),
+    deps=[pretrained_spec, *keys_of([TRAIN, VALIDATION, ITEMS])],
+    partitions_def=DAILY,
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"pytorch", "huggingface"},
+    tags={"recflow/stage": "models"},
+    pool=POOL,
+    code_version="1",
+    description="The encoder's last layers and a user model over the click history, trained on "
+    "the snapshot's clicks; the best epoch on validation is kept.",
+)
+def fine_tuned(
+    context: dg.AssetExecutionContext,
+    config: FineTuningConfig,
+    store: StoreResource,
+    base_model: BaseModelResource,
+    mlflow: dg.ResourceParam[Any],
+) -> dg.MaterializeResult:
+    """Fine-tune the encoder."""
+    from recflow.adapters.models import build_fine_tuned
+    from recflow.modeling.trainer import TrainingConfig
+
+    with tracker_of(mlflow, prefix="fine_tuned.") as tracker:
+        artifact = build_fine_tuned(
+            store.open(),
+            context.partition_key,
+            base_model=base_model.path,
+            config=TrainingConfig(
+                **_library_arguments(config),
+                history_length=settings.max_history,
+                seed=settings.seed,
+                threads=settings.threads,
+            ),
+            tracker=tracker,
+            code_version=code_version_of(context),
+            rebuild=config.rebuild,
+        )
+    return _model_result(FINE_TUNED, artifact, mlflow)
+
+
+@dg.asset(
+    key=PRUNED.split("/"),
+    deps=keys_of([FINE_TUNED, TRAIN, VALIDATION, ITEMS]),
+    partitions_def=DAILY,
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"pytorch"},
+    tags={"recflow/stage": "models"},
+    pool=POOL,
+    code_version="1",
+    description="The fine-tuned model with its least important attention heads and feed-forward "
+    "channels removed, trained briefly to recover.",
+)
+def pruned(
+    context: dg.AssetExecutionContext,
+    config: PruningRunConfig,
+    store: StoreResource,
+    mlflow: dg.ResourceParam[Any],
+) -> dg.MaterializeResult:
+    """Prune the fine-tuned model."""
+    from recflow.adapters.models import build_pruned
+    from recflow.compression.prune import PruningConfig
+
+    with tracker_of(mlflow, prefix="pruned.") as tracker:
+        artifact = build_pruned(
+            store.open(),
+            context.partition_key,
+            config=PruningConfig(
+                **_library_arguments(config), seed=settings.seed, threads=settings.threads
+            ),
+            tracker=tracker,
+            code_version=code_version_of(context),
+            rebuild=config.rebuild,
+        )
+    return _model_result(PRUNED, artifact, mlflow)
+
+
+@dg.asset(
+    key=QUANTIZED.split("/"),
+    deps=keys_of([FINE_TUNED, ITEMS]),
+    partitions_def=DAILY,
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"onnx"},
+    tags={"recflow/stage": "models"},
+    pool=POOL,
+    code_version="1",
+    description="The fine-tuned model in 8-bit integers, executed by ONNX Runtime; exported only "
+    "if it reproduces the PyTorch model.",
+)
+def quantized(
+    context: dg.AssetExecutionContext,
+    config: QuantizationRunConfig,
+    store: StoreResource,
+    mlflow: dg.ResourceParam[Any],
+) -> dg.MaterializeResult:
+    """Quantize the fine-tuned model."""
+    from recflow.adapters.models import build_quantized
+    from recflow.compression.quantize import QuantizationConfig
+
+    artifact = build_quantized(
+        store.open(),
+        context.partition_key,
+        config=QuantizationConfig(**_library_arguments(config)),
+        code_version=code_version_of(context),
+        rebuild=config.rebuild,
+    )
+    return _model_result(QUANTIZED, artifact, mlflow)
+
+
+def _library_arguments(config: Rebuild) -> dict[str, Any]:
+    """The run config's fields that the library's configuration has too."""
+    return {name: value for name, value in config.model_dump().items() if name != "rebuild"}
+
+
+def _model_result(key: str, artifact: Artifact, mlflow: Any) -> dg.MaterializeResult:
+    epochs = artifact.facts.get("epochs")
+    extra: dict[str, Any] = {**run_metadata(mlflow)}
+    if isinstance(epochs, list):
+        points = [epoch for epoch in epochs if isinstance(epoch, Mapping)]
+        extra["learning_curve"] = curve_plot(points, "validation_auc")
+    return artifact_result(key, artifact, extra)

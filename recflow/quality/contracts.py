@@ -96,9 +96,11 @@ class Validation:
         """The expectations that were not met."""
         return [outcome for outcome in self.expectations if not outcome.success]
 
-    def to_json(self) -> str:
-        """Serialise with sorted keys, ending in a newline."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    def to_json(self) -> dict[str, JsonValue]:
+        """The outcome as plain JSON values; NaN and infinity are text."""
+        raw: dict[str, JsonValue] = asdict(self)
+        raw["expectations"] = [asdict(outcome) for outcome in self.expectations]
+        return raw
 
 
 def build_suite(contract: TableContract) -> gx.ExpectationSuite:

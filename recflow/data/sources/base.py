@@ -25,6 +25,7 @@ EARLIEST_TIME: Final = datetime(1990, 1, 1, tzinfo=UTC)
 _FUTURE_TOLERANCE = timedelta(days=1)
 _RAW_CHARACTERS = 500
 _HASH_CONTENT_BELOW_BYTES = 64 << 20
+_READABLE = "readable"
 _PROBLEM = "_problem"
 
 
@@ -120,6 +121,11 @@ class Judged:
         """Rows without a problem, with their raw columns."""
         return self._frame.filter(pl.col(_PROBLEM).is_null()).drop(_PROBLEM)
 
+    def survey(self) -> pl.LazyFrame:
+        """Distinct ``source_file``, ``readable`` and ``day``."""
+        readable = pl.col(_PROBLEM).is_null().alias(_READABLE)
+        return self._frame.select(Columns.SOURCE_FILE, readable, Columns.DAY).unique()
+
     def quarantine(self, table: str, *extra: str) -> pl.LazyFrame:
         """Rows with a problem, as rows of the quarantine.
 
@@ -201,6 +207,21 @@ class LogSource(ABC):
         """
         judged = self._judge_impressions()
         in_range = pl.col(Columns.DAY).is_between(start, end, closed="left")
+        rows = self._shape_impressions(judged.readable().filter(in_range))
+        return RawTable(
+            IMPRESSIONS.conform(rows).with_columns(
+                pl.col(Columns.TIME).dt.date().alias(Columns.DAY)
+            ),
+            self._quarantine_by_day(judged).filter(in_range),
+        )
+
+    def truth(self, start: date, end: date) -> pl.LazyFrame | None:  # noqa: ARG002
+        """None: nobody knows the true click probabilities of a real log."""
+        return None
+
+    def _quarantine_by_day(self, judged: Judged) -> pl.LazyFrame:
+        if self._survey.filter(~pl.col(_READABLE)).is_empty():  # the usual case, and a pass saved
+            return QUARANTINE.empty().lazy().with_columns(pl.lit(None, pl.Date).alias(Columns.DAY))
         first_days = self._readable_days.group_by(Columns.SOURCE_FILE).agg(
             pl.col(Columns.DAY).min()
         )
@@ -208,44 +229,38 @@ class LogSource(ABC):
             first_days[Columns.SOURCE_FILE], first_days[Columns.DAY], return_dtype=pl.Date
         )
         day = pl.col(Columns.DAY)
-        quarantine = judged.quarantine(IMPRESSIONS.name, Columns.DAY).with_columns(
-            pl.when(day.is_in(self.days())).then(day).otherwise(first_day).alias(Columns.DAY)
+        return (
+            judged.quarantine(IMPRESSIONS.name, Columns.DAY)
+            .with_columns(
+                pl.when(day.is_in(self.days())).then(day).otherwise(first_day).alias(Columns.DAY)
+            )
+            .select(*QUARANTINE.names, Columns.DAY)
         )
-        rows = self._shape_impressions(judged.readable().filter(in_range))
-        return RawTable(
-            IMPRESSIONS.conform(rows).with_columns(
-                pl.col(Columns.TIME).dt.date().alias(Columns.DAY)
-            ),
-            quarantine.filter(in_range).select(*QUARANTINE.names, Columns.DAY),
-        )
-
-    def truth(self, start: date, end: date) -> pl.LazyFrame | None:  # noqa: ARG002
-        """None: nobody knows the true click probabilities of a real log."""
-        return None
 
     @cached_property
     def _readable_days(self) -> pl.DataFrame:
         """``source_file``, ``day``: which days each file has readable impressions of."""
-        judged = self._judge_impressions()
-        found = (
-            judged.readable()
-            .select(Columns.SOURCE_FILE, Columns.DAY)
-            .unique()
-            .collect(engine="streaming")
-        )
+        found = self._survey.filter(_READABLE).select(Columns.SOURCE_FILE, Columns.DAY)
         for file in self._impression_files:
             if self._name_of(file) not in found[Columns.SOURCE_FILE]:
-                self._raise_unreadable(file, judged)
+                self._raise_unreadable(file)
         return found
+
+    @cached_property
+    def _survey(self) -> pl.DataFrame:
+        """Every combination of ``source_file``, ``readable`` and ``day`` there is in the log."""
+        return self._judge_impressions().survey().collect(engine="streaming")
 
     @property
     @abstractmethod
     def _impression_files(self) -> Sequence[Path]:
         """The files that hold impressions."""
 
-    def _raise_unreadable(self, file: Path, judged: Judged) -> None:
-        problems = judged.quarantine(IMPRESSIONS.name).filter(
-            pl.col(Columns.SOURCE_FILE) == self._name_of(file)
+    def _raise_unreadable(self, file: Path) -> None:
+        problems = (
+            self._judge_impressions()
+            .quarantine(IMPRESSIONS.name)
+            .filter(pl.col(Columns.SOURCE_FILE) == self._name_of(file))
         )
         first = problems.sort(Columns.SOURCE_ROW).head(1).collect(engine="streaming")
         if first.is_empty():

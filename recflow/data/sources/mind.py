@@ -110,18 +110,17 @@ class MindSource(LogSource):
 
     def _shape_impressions(self, readable: pl.LazyFrame) -> pl.LazyFrame:
         tokens = pl.col("impressions").str.split(" ")
-        item, element = pl.element().str.head(-len(_CLICKED_SUFFIX)), pl.element()
-        history = pl.col("history").str.split(" ")
+        item = pl.element().str.head(-len(_CLICKED_SUFFIX))
+        is_clicked = pl.element().str.ends_with(_CLICKED_SUFFIX)
+        history = pl.col("history").replace("", None).str.split(" ").fill_null([])
         prefixes = self._prefixes(self._behaviors, "behaviors")
         return readable.select(
             _prefixed(prefixes).alias(Columns.IMPRESSION_ID),
             Columns.USER_ID,
             pl.col("parsed_time").alias(Columns.TIME),
-            history.list.filter(element != "").alias(Columns.HISTORY),
+            history.alias(Columns.HISTORY),
             tokens.list.eval(item).alias(Columns.CANDIDATES),
-            tokens.list.eval(item.filter(element.str.ends_with(_CLICKED_SUFFIX))).alias(
-                Columns.CLICKED
-            ),
+            tokens.list.filter(is_clicked).list.eval(item).alias(Columns.CLICKED),
             pl.lit(None).alias(Columns.RATING),
             Columns.SOURCE_FILE,
             Columns.SOURCE_ROW,

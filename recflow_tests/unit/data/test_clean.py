@@ -197,6 +197,17 @@ def test_duplicates_are_told_by_id_and_by_slate() -> None:
     ]
 
 
+def test_a_duplicate_is_quarantined_once_and_hides_nothing() -> None:
+    cleaned = clean(
+        {"time": at(1), "impression_id": "i1"},
+        {"time": at(1), "impression_id": "i1"},  # both id and slate of the first
+        {"time": at(2), "impression_id": "i1"},
+        {"time": at(2), "impression_id": "i4"},  # the slate of a row that is gone
+    )
+    assert cleaned.rows["source_row"].to_list() == [1, 4]
+    assert cleaned.quarantine["source_row"].to_list() == [2, 3]
+
+
 def test_an_unusable_impression_does_not_make_a_sound_one_a_duplicate() -> None:
     cleaned = clean({"impression_id": "i", "clicked": ["c"]}, {"impression_id": "i"})
     assert cleaned.rows["source_row"].to_list() == [2]

@@ -43,6 +43,12 @@ def test_a_slate_without_a_click_has_no_label() -> None:
     assert (row["click_count"], row["click_rate"]) == (0, 0.0)
 
 
+def test_a_click_written_twice_is_one_label() -> None:
+    assert impression_features(raw_impressions({"clicked": ["b", "b"]}))["labels"].to_list() == [
+        [0, 1]
+    ]
+
+
 def test_rows_keep_their_order_and_the_input_is_not_touched() -> None:
     impressions = raw_impressions(
         {"clicked": ["b"]}, {"clicked": []}, {"candidates": ["c"], "clicked": ["c"]}, {}

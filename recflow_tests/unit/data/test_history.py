@@ -132,6 +132,12 @@ def test_a_cut_log_is_followed_by_what_came_after_it() -> None:
     assert seen(*clicks, later, max_history=4)["i8"] == ["d", "e", "f", "g"]
 
 
+def test_a_log_cut_within_one_slate_is_complete() -> None:
+    slate = list("abcde")
+    session = {"time": at(1), "candidates": slate, "clicked": slate}
+    assert seen(session, {"time": at(2), "history": list("cde")}, max_history=3)["i2"] == [*"cde"]
+
+
 def test_returning_to_an_old_item_hides_nothing() -> None:
     histories = seen(
         {"time": at(1), "history": ["x", "y", "z"], "candidates": ["a"], "clicked": ["a"]},
@@ -145,8 +151,8 @@ def test_returning_to_an_old_item_hides_nothing() -> None:
 
 def test_the_result_is_in_order_of_time_and_id() -> None:
     rows = window(
-        {"impression_id": "9", "time": at(2)},
-        {"impression_id": "2", "time": at(2)},
+        {"impression_id": "9", "time": at(2), "user_id": "u1"},
+        {"impression_id": "2", "time": at(2), "user_id": "u2"},
         {"impression_id": "5", "time": at(1)},
     )
     assert extend_histories(rows, max_history=5)["impression_id"].to_list() == ["5", "2", "9"]
@@ -213,7 +219,7 @@ def any_window(draw: st.DrawFn) -> pl.DataFrame:
     return window(*rows)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None)
 @given(any_window(), st.integers(1, 7), st.randoms())
 def test_histories_are_as_defined(rows: pl.DataFrame, max_history: int, random: Any) -> None:
     before = rows.clone()

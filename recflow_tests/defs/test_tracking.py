@@ -189,6 +189,30 @@ def test_sensors_end_runs_that_were_left_open(
     assert only_run(store, result.run_id).info.status == status
 
 
+def test_sensor_ticks_with_the_resources_of_the_location(
+    instance: dg.DagsterInstance, store: MlflowStore
+) -> None:
+    sensor = tracking_sensors[2]
+    with tick_context(instance, cursor=None) as context:
+        cursor = sensor.evaluate_tick(context).cursor
+    result = materialize(instance, store)
+    run_id = only_run(store, result.run_id).info.run_id
+    store.client().set_terminated(run_id, "RUNNING")
+    with tick_context(instance, cursor) as context:
+        (reaction,) = sensor.evaluate_tick(context).dagster_run_reactions
+    assert reaction.error is None
+    assert only_run(store, result.run_id).info.status == "FINISHED"
+
+
+def tick_context(instance: dg.DagsterInstance, cursor: str | None) -> dg.SensorEvaluationContext:
+    return dg.build_sensor_context(
+        instance=instance,
+        cursor=cursor,
+        repository_def=location.defs.get_repository_def(),
+        resources=location.defs.resources,
+    )
+
+
 def test_sensors_leave_the_run_a_tag_was_inherited_from(
     instance: dg.DagsterInstance, store: MlflowStore
 ) -> None:

@@ -127,6 +127,7 @@ class DecayedPopularityScorer:
         clicks = pl.concat([_click_times(log) for log in logs])
         events = clicks.group_by(Columns.ITEM_ID, "at").len("clicks").sort(Columns.ITEM_ID, "at")
         counter = _decayed_sums(events, self._half_life)
+        self._clicked = ItemIndex(events[Columns.ITEM_ID].unique().sort())
         self._counters = events.with_columns(pl.Series("counter", counter)).sort("at")
 
     def score(self, impressions: pl.DataFrame) -> pl.Series:
@@ -138,10 +139,13 @@ class DecayedPopularityScorer:
 
     def score_catalogue(self, impressions: pl.DataFrame, item_ids: Sequence[str]) -> Float32Array:
         """See :class:`recflow.evaluation.scoring.Scorer`."""
-        times = np.repeat(self._cutoffs(impressions), len(item_ids))
-        items = pl.Series(list(item_ids) * impressions.height, dtype=pl.String)
-        counts = self._counts(items, times).astype(np.float32)
-        return counts.reshape(impressions.height, len(item_ids))
+        clicked = np.flatnonzero(self._clicked.codes(item_ids) >= 0)  # all others count 0
+        items = pl.Series(item_ids, dtype=pl.String).gather(np.tile(clicked, impressions.height))
+        times = np.repeat(self._cutoffs(impressions), len(clicked))
+        counts = np.zeros((impressions.height, len(item_ids)), dtype=np.float32)
+        shape = (impressions.height, len(clicked))
+        counts[:, clicked] = self._counts(items, times).reshape(shape)
+        return counts
 
     def _cutoffs(self, impressions: pl.DataFrame) -> IntArray:
         """The time up to which counters are known, microseconds, int64 [impressions]."""

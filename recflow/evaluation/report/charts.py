@@ -100,6 +100,7 @@ def forest(salt: str, label: str, points: Sequence[Point], reference: float | No
         axes.tick_params(axis="y", length=0, labelcolor=_INK)
         axes.set_ylim(-0.6, len(points) - 0.4)
         axes.grid(visible=False, axis="y")
+        axes.locator_params(axis="x", nbins=4)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
 
@@ -173,6 +174,7 @@ def training(salt: str, series: str, points: Sequence[tuple[float, float]]) -> M
             markersize=4,
             linewidth=1.8,
         )
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("epoch")
         axes.set_ylabel(series)
 

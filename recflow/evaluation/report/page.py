@@ -195,6 +195,7 @@ def _environment() -> Environment:
         "breakable": _breakable,
         "signed": _signed,
         "megabytes": _megabytes,
+        "milliseconds": _milliseconds,
         "millions": _millions,
         "thousands": _thousands,
         "percent": _percent,
@@ -232,6 +233,13 @@ def _verdict(estimate: Mapping[str, float | None], greater_is_better: bool | Non
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f}"
+
+
+def _milliseconds(value: float | None) -> str:
+    """Three digits or so: more would be noise."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _millions(count: int) -> str:

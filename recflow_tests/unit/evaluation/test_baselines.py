@@ -109,6 +109,11 @@ def test_decayed_counters_by_hand() -> None:
             {"candidates": ["a"], "clicked": [], "time": START},
         ]
     )
+    catalogue = scorer.score_catalogue(rows, ["c", "a"])
+    np.testing.assert_allclose(catalogue, [[0, 2**-1.5 + 2**-0.5], [0, 0.5], [0, 0]], rtol=1e-6)
+    nobody = DecayedPopularityScorer([log[:0]], half_life_hours=2, delay_minutes=0)
+    assert nobody.score_catalogue(rows, ["a", "b"]).tolist() == [[0, 0]] * 3
+    assert nobody.score(rows)[2].to_list() == [0]
     first, second, third = scorer.score(rows).to_list()
     assert first == pytest.approx([2**-1.5 + 2**-0.5, 2**-0.5, 0])
     assert second == pytest.approx([0.5, 0, 0])

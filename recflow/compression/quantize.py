@@ -6,7 +6,6 @@ per-tensor weights lost several times more accuracy. The user model is small and
 
 from __future__ import annotations
 
-import io
 import logging
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ import polars as pl
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning  # torch.jit does not export it
 
 from recflow.core.columns import Columns
 from recflow.core.errors import ArtifactError, ConfigError, ParityError
@@ -177,20 +177,20 @@ def export_encoder(encoder: TextEncoder) -> bytes:
     ids = torch.ones((2, 7), dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
-    buffer = io.BytesIO()
     axes = {0: "texts", 1: "tokens"}
-    with _quiet_export(), torch.no_grad():
+    with _quiet_export(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / ONNX_NAME
         torch.onnx.export(
             wrapper,
             (ids, mask),
-            buffer,
+            file,
             dynamo=False,
             opset_version=_OPSET,
             input_names=list(INPUT_NAMES),
             output_names=[OUTPUT_NAME],
             dynamic_axes={INPUT_NAMES[0]: axes, INPUT_NAMES[1]: axes, OUTPUT_NAME: {0: "texts"}},
         )
-    return buffer.getvalue()
+        return file.read_bytes()
 
 
 def check_parity(
@@ -268,5 +268,5 @@ def _quiet_export() -> Generator[None]:
             "ignore", message="You are using the legacy TorchScript", category=DeprecationWarning
         )
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.onnx")
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=TracerWarning)
         yield

@@ -188,6 +188,31 @@ def index_impressions(
     )
 
 
+def items_in_use(items: pl.DataFrame, tables: list[pl.DataFrame], history_length: int) -> ItemIndex:
+    """Index of the items that occur in any of the tables of impressions, in the order of ``items``.
+
+    Raises:
+        ContractError: An item is not in ``items``.
+    """
+    index = ItemIndex(items)
+    rows = [
+        index.ragged(lists).values
+        for table in tables
+        for lists in (table[Columns.HISTORY].list.tail(history_length), table[Columns.CANDIDATES])
+    ]
+    return ItemIndex(items[np.unique(np.concatenate(rows))])
+
+
+def spread(data: IndexedImpressions, limit: int) -> IndexedImpressions:
+    """At most ``limit`` impressions at even distances."""
+    return data.take(np.linspace(0, len(data) - 1, min(limit, len(data))).round().astype(np.int64))
+
+
+def local_rows(rows_of_items: Rows, rows: Rows) -> Tensor:
+    """Number items by their place in ``rows``, which is sorted; -1 stays -1."""
+    return torch.from_numpy(np.where(rows_of_items < 0, -1, np.searchsorted(rows, rows_of_items)))
+
+
 @dataclass(frozen=True, slots=True)
 class ClickBatch:
     """Clicks with sampled non-clicks of the same slate.

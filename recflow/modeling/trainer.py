@@ -20,18 +20,18 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from recflow.core.columns import Columns
 from recflow.core.errors import ConfigError
 from recflow.core.seeding import make_rng
 from recflow.modeling.batching import (
     ClickBatch,
     HiddenStates,
-    IndexedImpressions,
-    ItemIndex,
     click_batch,
     count_clicks,
     draw_clicks,
     index_impressions,
+    items_in_use,
+    local_rows,
+    spread,
 )
 from recflow.modeling.encoder import (
     TextEncoder,
@@ -320,9 +320,9 @@ class _TrainingRun:
         lowest = apply_strategy(config.strategy, self.encoder, tuned_layers=config.tuned_layers)
         self._encoder_learns = lowest < len(self.encoder.layers)
 
-        used = _items_in_use(items, [train, validation], config.history_length)
+        used = items_in_use(items, [train, validation], config.history_length)
         self._train = index_impressions(train, used, config.history_length)
-        self._validation = _spread(
+        self._validation = spread(
             index_impressions(validation, used, config.history_length),
             config.max_validation_impressions,
         )
@@ -439,7 +439,7 @@ class _TrainingRun:
         return True
 
     def _fit_feature_scale(self) -> None:
-        sample = _spread(self._train, _SCALE_SAMPLE)
+        sample = spread(self._train, _SCALE_SAMPLE)
         fit_feature_scale(
             self._user_model,
             self._describe_all(),
@@ -502,7 +502,7 @@ class _TrainingRun:
             vectors = self._vectors.kept(rows)
         items = self._user_model.describe_items(vectors, self._categories[rows])
         scores = self._user_model(
-            items, _local(batch.history, rows), _local(batch.candidates, rows)
+            items, local_rows(batch.history, rows), local_rows(batch.candidates, rows)
         )
         loss = click_loss(scores, torch.from_numpy(batch.candidates >= 0))
         self._step += 1
@@ -522,33 +522,10 @@ class _TrainingRun:
         return mean_auc(scores, data.clicked, data.slates.offsets)
 
 
-def _items_in_use(
-    items: pl.DataFrame, tables: list[pl.DataFrame], history_length: int
-) -> ItemIndex:
-    """Index of the items that occur in any of the tables, in the order of ``items``."""
-    index = ItemIndex(items)
-    rows = [
-        index.ragged(lists).values
-        for table in tables
-        for lists in (table[Columns.HISTORY].list.tail(history_length), table[Columns.CANDIDATES])
-    ]
-    return ItemIndex(items[np.unique(np.concatenate(rows))])
-
-
-def _spread(data: IndexedImpressions, limit: int) -> IndexedImpressions:
-    """At most ``limit`` impressions at even distances."""
-    return data.take(np.linspace(0, len(data) - 1, min(limit, len(data))).round().astype(np.int64))
-
-
 def _choose_encoded(batch: ClickBatch, rows: Rows, limit: int, rng: np.random.Generator) -> Rows:
     """Positions in ``rows`` of the items to encode with gradient: candidates first, then clicks."""
     in_history_only = ~np.isin(rows, batch.candidates)
     return np.sort(np.lexsort((rng.random(len(rows)), in_history_only))[:limit])
-
-
-def _local(rows_of_items: Rows, rows: Rows) -> Tensor:
-    """Number items by their place in ``rows``; -1 stays -1."""
-    return torch.from_numpy(np.where(rows_of_items < 0, -1, np.searchsorted(rows, rows_of_items)))
 
 
 def _copies(state: dict[str, Tensor]) -> dict[str, Tensor]:

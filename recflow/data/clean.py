@@ -24,10 +24,11 @@ from recflow.core.columns import (
     TableContract,
 )
 from recflow.core.errors import ConfigError, ContractError
+from recflow.data.sources.base import EARLIEST_TIME, within_calendar
 from recflow.data.text import normalise_text
 
-# Times outside are typing or unit errors: zero, seconds read as milliseconds, year 9999.
-EARLIEST_TIME = datetime(1990, 1, 1, tzinfo=UTC)
+# Times before EARLIEST_TIME or after this are typing or unit errors: zero, year 9999. Readers may be
+# stricter; cleaning must not depend on the day it runs.
 LATEST_TIME = datetime(2100, 1, 1, tzinfo=UTC)
 
 # An item without title is named by the first words of its body.
@@ -87,7 +88,7 @@ def clean_items(raw: pl.DataFrame) -> Cleaned:
     Raises:
         ContractError: ``raw`` has other columns or types, or a row without its source.
     """
-    _check_raw(ITEMS, raw)
+    raw = _checked(ITEMS, raw)
     title, body = pl.col(Columns.TITLE), pl.col(Columns.BODY)
     untitled = (title == "") & (body != "")
     published = pl.col(Columns.PUBLISHED_AT)
@@ -143,7 +144,7 @@ def clean_impressions(raw: pl.DataFrame, item_ids: pl.Series, *, max_history: in
     """
     if max_history < 1:
         raise ConfigError.of("max_history", max_history, "1 or more items")
-    _check_raw(IMPRESSIONS, raw)
+    raw = _checked(IMPRESSIONS, raw)
     known = item_ids.cast(pl.String).drop_nulls().unique().alias(_ID).to_frame()
 
     kept: list[pl.DataFrame] = [IMPRESSIONS.empty().with_row_index(_ROW)]
@@ -412,7 +413,8 @@ def _quarantine(contract: TableContract, raw: pl.DataFrame, rejected: pl.DataFra
     return pl.concat([QUARANTINE.empty(), *pieces])
 
 
-def _check_raw(contract: TableContract, raw: pl.DataFrame) -> None:
+def _checked(contract: TableContract, raw: pl.DataFrame) -> pl.DataFrame:
+    """Refuse what is the reader's fault; make every time one that can be written."""
     contract.check_schema(raw.schema)
     for name in (Columns.SOURCE_FILE, Columns.SOURCE_ROW):
         # Written by our own readers, never by the log: a null is a defect of the reader.
@@ -420,6 +422,7 @@ def _check_raw(contract: TableContract, raw: pl.DataFrame) -> None:
             raise ContractError(
                 f"table {contract.name!r} has rows without {name}; the reader must set it"
             )
+    return raw.with_columns(within_calendar(pl.selectors.datetime()))
 
 
 def _blank(text: pl.Expr) -> pl.Expr:

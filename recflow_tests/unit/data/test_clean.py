@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recflow.core.columns import IMPRESSIONS, ITEMS, QUARANTINE, UTC_TIME, Reason
@@ -363,7 +363,12 @@ def test_any_items_are_kept_or_quarantined(raw: pl.DataFrame, random: Any) -> No
     assert shuffled.quarantine.sort("source_row").equals(cleaned.quarantine)
 
 
-@given(st.integers(-(2**62), 2**62))
+@given(st.integers(-(2**63) + 1, 2**63 - 1))
+@example(2**63 - 1)
+@example(-(2**63) + 1)
 def test_any_number_read_as_a_time_is_judged(microseconds: int) -> None:
-    raw = raw_impressions({}).with_columns(pl.lit(microseconds).cast(UTC_TIME).alias("time"))
-    assert_sound(raw, clean_impressions(raw, KNOWN, max_history=5))
+    time = pl.lit(microseconds).cast(UTC_TIME)
+    impressions = raw_impressions({}).with_columns(time.alias("time"))
+    assert_sound(impressions, clean_impressions(impressions, KNOWN, max_history=5))
+    items = raw_items({}, {"item_id": ""}).with_columns(time.alias("published_at"))
+    assert_sound(items, clean_items(items))

@@ -27,8 +27,8 @@ from recflow.core.errors import ConfigError, ContractError
 from recflow.data.sources.base import EARLIEST_TIME, within_calendar
 from recflow.data.text import normalise_text
 
-# Times before EARLIEST_TIME or after this are typing or unit errors: zero, year 9999. Readers may be
-# stricter; cleaning must not depend on the day it runs.
+# Times before EARLIEST_TIME or from this on are typing or unit errors: zero, year 9999. Readers may
+# be stricter; cleaning must not depend on the day it runs.
 LATEST_TIME = datetime(2100, 1, 1, tzinfo=UTC)
 
 # An item without title is named by the first words of its body.

@@ -117,7 +117,7 @@ class Users:
         self.clicks[warm] = np.sort(clicked, axis=1)  # oldest first, the absent ones in front
 
     def drift(self, share: float, rng: np.random.Generator) -> None:
-        """Let a share of the users exchange their weakest favourite for another topic."""
+        """Let a share of the users exchange one of their favourites for another topic."""
         moved = np.flatnonzero(rng.random(len(self.topics)) < share)
         topics = int(_topic_of_subtopic().max()) + 1
         fresh = rng.integers(topics, size=len(moved))

@@ -43,7 +43,7 @@ class Settings(BaseSettings):
         PROJECT_ROOT / "data" / "base_models" / "all-MiniLM-L6-v2",
         description="Folder of the pretrained encoder (config.json, model.safetensors, tokenizer)",
     )
-    first_day: date = Field(date(2026, 1, 1), description="First day (UTC) of the logs")
+    first_day: date = Field(date(2024, 1, 1), description="First day (UTC) of the logs")
     last_day: date | None = Field(
         None, description="Last day of logs that have ended; unset for logs that go on"
     )

@@ -53,6 +53,7 @@ def build_fine_tuned(
         train,
         parents=_without_test(data),
         config={**asdict(config), "base_model_sha256": weights_hash(base_model)},
+        tracker=tracker,
         code_version=code_version,
         rebuild=rebuild,
     )
@@ -89,6 +90,7 @@ def build_pruned(
         prune,
         parents={**_without_test(data), FINE_TUNED: parent},
         config={**asdict(config)},
+        tracker=tracker,
         code_version=code_version,
         rebuild=rebuild,
     )
@@ -99,6 +101,7 @@ def build_quantized(
     snapshot: str,
     *,
     config: QuantizationConfig,
+    tracker: Tracker,
     code_version: str,
     rebuild: bool = False,
 ) -> Artifact:
@@ -116,6 +119,7 @@ def build_quantized(
         quantize,
         parents={**_without_test(data), FINE_TUNED: parent},
         config={**asdict(config)},
+        tracker=tracker,
         code_version=code_version,
         rebuild=rebuild,
     )
@@ -129,6 +133,7 @@ def _build(
     *,
     parents: Mapping[str, Artifact],
     config: Mapping[str, JsonValue],
+    tracker: Tracker,
     code_version: str,
     rebuild: bool,
 ) -> Artifact:
@@ -137,7 +142,7 @@ def _build(
         # give the same digest however fast the machine was.
         draft.facts |= cast("dict[str, JsonValue]", asdict(make(draft.path)))
 
-    return store.build(
+    artifact = store.build(
         key,
         snapshot,
         build,
@@ -146,6 +151,11 @@ def _build(
         config=config,
         rebuild=rebuild,
     )
+    # Also of a model that was reused: its MLflow run should say what it is.
+    tracker.log_params(config)
+    results = {k: float(v) for k, v in artifact.facts.items() if isinstance(v, int | float)}
+    tracker.log_metrics({f"result.{name}": value for name, value in results.items()}, step=0)
+    return artifact
 
 
 def _without_test(data: Snapshot) -> dict[str, Artifact]:

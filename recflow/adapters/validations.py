@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import polars as pl
 
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import validation_of
+from recflow.adapters.parquet_io import read_frame
 from recflow.core.artifacts import Artifact, Draft
 from recflow.core.columns import TableContract
 from recflow.core.errors import ContractError
@@ -39,7 +41,8 @@ def validate_days(
     for day in pending:
 
         def write(draft: Draft, day: str = day) -> None:
-            _write(draft, table_key, day, results[tables[day].digest])
+            rows = read_frame(tables[day]).height
+            _write(draft, table_key, day, replace(results[tables[day].digest], rows=rows))
 
         found[day] = store.build(
             validation_of(table_key),

@@ -61,7 +61,7 @@ def days_result(
     for day, artifact in built.items():
         context.add_asset_metadata(
             {
-                "dagster/partition_row_count": _count(artifact, "rows"),
+                "dagster/partition_row_count": row_count(artifact),
                 **artifact_metadata(artifact),
             },
             asset_key=key,
@@ -71,7 +71,7 @@ def days_result(
     totals: dict[str, dg.MetadataValue] = {
         "days": dg.MetadataValue.int(len(built)),
         "days_without_data": dg.MetadataValue.int(len(missing)),
-        "rows_in_run": dg.MetadataValue.int(sum(_count(a, "rows") for a in built.values())),
+        "rows_in_run": dg.MetadataValue.int(sum(row_count(a) for a in built.values())),
         "days_reused": dg.MetadataValue.int(sum(a.reused for a in built.values())),
     }
     if missing:
@@ -144,6 +144,11 @@ def counts_table(title: str, counts: Mapping[str, int]) -> dg.MetadataValue:
     return dg.MetadataValue.md("\n".join(lines))
 
 
+def row_count(artifact: Artifact) -> int:
+    """Rows of a stored table."""
+    return _int(artifact.facts["rows"])
+
+
 def total_counts(artifacts: Iterable[Artifact], fact: str) -> dict[str, int]:
     """Add up a fact that holds counts by name, most frequent first."""
     totals: dict[str, int] = {}
@@ -171,10 +176,6 @@ def _table_column(column: Column) -> dg.TableColumn:
     return dg.TableColumn(
         column.name, str(column.dtype), description=column.description, constraints=constraints
     )
-
-
-def _count(artifact: Artifact, fact: str) -> int:
-    return _int(artifact.facts.get(fact, 0))
 
 
 def _int(value: JsonValue) -> int:

@@ -7,6 +7,7 @@ import dagster as dg
 from pydantic import Field
 
 from recflow.adapters.keys import FINE_TUNED, ITEMS, PRUNED, QUANTIZED, TRAIN, VALIDATION
+from recflow.adapters.mlflow_tracking import MlflowTracker
 from recflow.core.artifacts import Artifact
 from recflow.defs.common import (
     OWNERS,
@@ -15,6 +16,7 @@ from recflow.defs.common import (
     code_version_of,
     curve_plot,
     keys_of,
+    row_count,
 )
 from recflow.defs.partitions import DAILY
 from recflow.defs.resources import BaseModelResource, StoreResource, settings
@@ -53,11 +55,17 @@ class FineTuningConfig(Rebuild):
 
 
 class PruningRunConfig(Rebuild):
-    """How much of the encoder is removed, and how it recovers."""
+    """How much of the encoder is removed, and how it recovers; see ``PruningConfig``."""
+
+    head_share: float = Field(1 / 3, description="Share of the attention heads removed")
+    channel_share: float = Field(0.5, description="Share of the feed-forward channels removed")
+    recovery_steps: int = Field(200, description="Steps of recovery training")
 
 
 class QuantizationRunConfig(Rebuild):
-    """How the encoder is quantized."""
+    """How the encoder is quantized; see ``QuantizationConfig``."""
+
+    min_cosine: float = Field(0.95, description="Least mean cosine of int8 to float32 vectors")
 
 
 @dg.asset(
@@ -99,6 +107,7 @@ def fine_tuned(
             code_version=code_version_of(context),
             rebuild=config.rebuild,
         )
+        _log_datasets(tracker, store, context.partition_key)
     return _model_result(FINE_TUNED, artifact, mlflow)
 
 
@@ -162,14 +171,23 @@ def quantized(
     from recflow.adapters.models import build_quantized
     from recflow.compression.quantize import QuantizationConfig
 
-    artifact = build_quantized(
-        store.open(),
-        context.partition_key,
-        config=QuantizationConfig(**_library_arguments(config)),
-        code_version=code_version_of(context),
-        rebuild=config.rebuild,
-    )
+    with tracker_of(mlflow, prefix="quantized.") as tracker:
+        artifact = build_quantized(
+            store.open(),
+            context.partition_key,
+            config=QuantizationConfig(**_library_arguments(config), threads=settings.threads),
+            tracker=tracker,
+            code_version=code_version_of(context),
+            rebuild=config.rebuild,
+        )
     return _model_result(QUANTIZED, artifact, mlflow)
+
+
+def _log_datasets(tracker: MlflowTracker, store: StoreResource, snapshot: str) -> None:
+    """Note in MLflow which data the model was made from."""
+    for key, role in ((TRAIN, "training"), (VALIDATION, "validation"), (ITEMS, "catalogue")):
+        data = store.open().get(key, snapshot)
+        tracker.log_dataset(key, data.digest, row_count(data), role)
 
 
 def _library_arguments(config: Rebuild) -> dict[str, Any]:

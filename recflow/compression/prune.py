@@ -43,6 +43,7 @@ from recflow.modeling.encoder import (
     mixed_precision,
     resize_layer,
 )
+from recflow.modeling.layout import read_ranker_config
 from recflow.modeling.memory import peak_rss_bytes
 from recflow.modeling.objectives import click_loss, mean_auc
 from recflow.modeling.optimiser import Optimiser, deterministic
@@ -52,7 +53,6 @@ from recflow.modeling.ranker import (
     count_parameters,
     load_encoder,
     load_parts,
-    read_ranker_config,
     save_ranker,
 )
 from recflow.modeling.texts import (

@@ -27,13 +27,12 @@ from torch.jit._trace import TracerWarning  # torch.jit does not export it
 from recflow.core.columns import Columns
 from recflow.core.errors import ArtifactError, ConfigError, ParityError
 from recflow.modeling.encoder import WEIGHTS_NAME, TextEncoder, TorchRuntime
+from recflow.modeling.layout import ONNXRUNTIME, read_ranker_config
 from recflow.modeling.onnx_runtime import INPUT_NAMES, ONNX_NAME, OUTPUT_NAME, OnnxRuntime
 from recflow.modeling.ranker import (
-    ONNXRUNTIME,
     count_parameters,
     load_encoder,
     load_parts,
-    read_ranker_config,
     save_parts,
 )
 from recflow.modeling.texts import TOKENIZER_NAME, TextTokenizer, encode_texts

@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
 from recflow.core.errors import ArtifactError, ConfigError
+from recflow.modeling.layout import CONFIG_NAME
 from recflow.modeling.texts import TOKENIZER_NAME, TextTokenizer, Vectors, pad_tokens
 
 WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
 
 # Embedding tables are often padded to a multiple of this for faster matrix products.
 _VOCABULARY_PADDING = 128

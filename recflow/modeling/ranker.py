@@ -25,7 +25,6 @@ from recflow.core.columns import Columns
 from recflow.core.errors import ArtifactError
 from recflow.modeling.batching import ItemIndex, Ragged
 from recflow.modeling.encoder import (
-    CONFIG_NAME,
     WEIGHTS_NAME,
     TextEncoder,
     TorchRuntime,
@@ -35,6 +34,13 @@ from recflow.modeling.encoder import (
     load_pretrained,
     load_weights,
     save_encoder,
+)
+from recflow.modeling.layout import (
+    CONFIG_NAME,
+    LAYOUT,
+    ONNXRUNTIME,
+    TORCH,
+    read_ranker_config,
 )
 from recflow.modeling.onnx_runtime import ONNX_NAME, OnnxRuntime
 from recflow.modeling.texts import (
@@ -48,8 +54,6 @@ from recflow.modeling.texts import (
 from recflow.modeling.user_model import ItemStates, UserModel, UserModelShape
 
 USER_MODEL_NAME = "user_model.safetensors"
-LAYOUT = 1
-TORCH, ONNXRUNTIME = "torch", "onnxruntime"
 
 # Similarities held at a time while scoring; 16 MB of float32.
 _MAX_SIMILARITIES = 4_000_000
@@ -294,27 +298,6 @@ def load_ranker(path: Path, *, threads: int | None = None) -> Ranker:
     encoder = load_encoder(path, config)
     check_vocabulary(encoder, tokenizer)
     return Ranker(TorchRuntime(encoder, threads), tokenizer, parts)
-
-
-def read_ranker_config(path: Path) -> dict[str, Any]:
-    """Read and check a ranker's ``config.json``.
-
-    Raises:
-        ArtifactError: It is missing, not JSON, or of an unknown layout or runtime.
-    """
-    file = path / CONFIG_NAME
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{file} is missing; {path} is not a ranker") from None
-    except ValueError as error:
-        raise ArtifactError(f"{file} is not JSON: {error}") from error
-    layout, runtime = config.get("layout"), config.get("runtime")
-    if layout != LAYOUT:
-        raise ArtifactError(f"{file} has layout {layout!r}; this recflow reads {LAYOUT}")
-    if runtime not in (TORCH, ONNXRUNTIME):
-        raise ArtifactError(f"{file} has runtime {runtime!r}; known: {TORCH}, {ONNXRUNTIME}")
-    return config
 
 
 def load_encoder(path: Path, config: Mapping[str, Any]) -> TextEncoder:

@@ -225,7 +225,10 @@ def _materialise(
 ) -> None:
     # One process: on a small machine loading the libraries anew for each step costs more than
     # running steps side by side gains.
-    config: dict[str, JsonValue] = {"execution": {"config": {"in_process": {}}}}
+    config: dict[str, JsonValue] = {
+        "execution": {"config": {"in_process": {}}},
+        "loggers": {"console": {}},
+    }
     if ops:
         config["ops"] = dict(ops)
     arguments = ["asset", "materialize", "-m", "recflow.definitions", "--select", selection]

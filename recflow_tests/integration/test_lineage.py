@@ -1,0 +1,127 @@
+"""The whole lineage in real processes, as a newcomer and as continuous integration run it."""
+
+import json
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from recflow.settings import PROJECT_ROOT
+from recflow_tests.integration.deployment import (
+    LAST_DAY,
+    QUICK,
+    TRAIN,
+    Deployment,
+    days,
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+
+TABLES = [
+    f"{stage}/{t}" for stage in ("raw", "cleaned", "features") for t in ("impressions", "items")
+]
+REPEATABLE = [
+    *("splits/train", "splits/validation", "splits/test", "splits/items"),
+    *("models/fine_tuned", "models/pruned", "models/quantized"),
+    "evaluation/predictions",
+]
+SCORERS = {
+    *("random", "category_share", "text_similarity", "popularity", "oracle"),
+    *("popularity_decayed_4h_delay_1440min", "popularity_decayed_4h_delay_10min"),
+    *("fine_tuned", "pruned", "quantized"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(ingested: Deployment) -> Deployment:
+    done = ingested.materialise(TRAIN, str(LAST_DAY), QUICK)
+    assert done.returncode == 0, done.stderr
+    return ingested
+
+
+def test_every_day_is_stored_and_accounted_for(ingested: Deployment) -> None:
+    for table in TABLES:
+        assert list(ingested.store.existing(table, days())) == days()
+    logged = len((PROJECT_ROOT / "data/sample/behaviors.tsv").read_text().splitlines())
+    cleaned = ingested.store.existing("cleaned/impressions", days()).values()
+    assert sum(a.facts["rows"] + a.facts["quarantined"] for a in cleaned) == logged  # type: ignore[operator]
+
+
+def test_every_validation_is_kept_with_its_day(ingested: Deployment) -> None:
+    for table in ("features/impressions", "features/items"):
+        validations = ingested.store.existing(f"validations/{table}", days())
+        assert list(validations) == days()
+        for day, validation in validations.items():
+            assert validation.facts["success"] is True
+            assert day in validation.file("summary.html").read_text()
+
+
+def test_report_shows_every_scorer_with_intervals(trained: Deployment) -> None:
+    report = trained.store.get("evaluation/report", str(LAST_DAY))
+    content = json.loads(report.file("report.json").read_text())
+    scorers = {entry["name"]: entry for entry in content["scorers"]}
+    assert set(scorers) == SCORERS
+    for entry in scorers.values():
+        auc = entry["metrics"]["auc"]
+        assert auc["low"] <= auc["value"] <= auc["high"]
+    page = report.file("report.html").read_text()
+    assert all(name in page for name in SCORERS)
+    assert "http-equiv" in page
+    assert {m["name"] for m in content["measurements"]} == {"fine_tuned", "pruned", "quantized"}
+
+
+def test_training_is_one_finished_mlflow_run(trained: Deployment) -> None:
+    database = sqlite3.connect(trained.home / "mlflow" / "mlflow.db")
+    runs = database.execute("select run_uuid, status from runs").fetchall()
+    assert [status for _, status in runs] == ["FINISHED"]
+    (run, _) = runs[0]
+    metrics = {k for (k,) in database.execute("select distinct key from metrics")}
+    assert any(key.startswith("fine_tuned.") for key in metrics)
+    assert any(key.startswith("report.") for key in metrics)
+    tags = dict(database.execute("select key, value from tags where run_uuid = ?", (run,)))
+    assert tags["dagster_run_id"]
+    assert {n for (n,) in database.execute("select name from datasets")} >= {"splits/train"}
+
+
+def test_second_run_repeats_nothing(trained: Deployment) -> None:
+    def made() -> dict[Path, str]:
+        manifests = sorted((trained.home / "store").rglob("manifest.json"))
+        return {path: path.read_text() for path in manifests}
+
+    before = made()
+    done = trained.materialise(TRAIN, str(LAST_DAY), QUICK)
+    assert done.returncode == 0, done.stderr
+    assert made() == before
+
+
+def test_killed_run_leaves_nothing_half_and_reruns_to_the_same_result(
+    trained: Deployment, tmp_path: Path
+) -> None:
+    second = Deployment(tmp_path, trained.base_model)
+    for table in [*TABLES, "validations/features/impressions", "validations/features/items"]:
+        shutil.copytree(trained.store.root / table, second.store.root / table)
+
+    process = subprocess.Popen(
+        second.command(TRAIN, str(LAST_DAY), QUICK),
+        env=second.environment(),
+        cwd=PROJECT_ROOT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    models = second.store.root / "models"
+    deadline = time.monotonic() + 300
+    while not list(models.glob("fine_tuned/.*.draft")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not second.store.path("models/fine_tuned", str(LAST_DAY)).exists()
+
+    done = second.materialise(TRAIN, str(LAST_DAY), QUICK)
+    assert done.returncode == 0, done.stderr
+    assert second.digests(*REPEATABLE) == trained.digests(*REPEATABLE)

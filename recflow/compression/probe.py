@@ -30,9 +30,10 @@ def main(path: Path, threads: int, texts: list[str]) -> dict[str, float]:
         started = time.perf_counter()
         runtime: EncoderRuntime = OnnxRuntime(path / ONNX_NAME, threads)
     else:
-        from recflow.modeling.encoder import TorchRuntime
+        from recflow.modeling.encoder import TorchRuntime, build_encoder
         from recflow.modeling.ranker import load_encoder
 
+        build_encoder(config["encoder"])  # transformers imports an architecture when it builds one
         started = time.perf_counter()
         runtime = TorchRuntime(load_encoder(path, config), threads)
     tokenizer = TextTokenizer(path / TOKENIZER_NAME, int(config["max_tokens"]))

@@ -268,6 +268,7 @@ def measure_importance(
     The candidates of sampled clicks are encoded with gradient; histories keep their ``vectors``.
     """
     data = index_impressions(train, index, parts.user_model.shape.history_length)
+    data.require_contrasts("training")
     rng = make_rng(config.seed, "importance")
     clicks = draw_clicks(data, clicks_per_impression=1, max_impressions=len(data), rng=rng)
     clicks = clicks[: config.importance_clicks]

@@ -155,6 +155,24 @@ class IndexedImpressions:
         sums = np.concatenate([[0], np.cumsum(self.clicked)])
         return np.diff(sums[self.slates.offsets])
 
+    @property
+    def contrasts(self) -> NDArray[np.bool_]:
+        """Whether each impression has both a click and a non-click; others teach nothing."""
+        clicks = self.click_counts
+        return (clicks > 0) & (clicks < self.slates.lengths)
+
+    def require_contrasts(self, split: str) -> None:
+        """Raise unless some impression has both a click and a non-click.
+
+        Raises:
+            ContractError: Names the split.
+        """
+        if not self.contrasts.any():
+            raise ContractError(
+                f"no {split} impression has both a clicked and a non-clicked candidate, so there "
+                "is nothing to learn from or to compare; widen the window of days"
+            )
+
     def take(self, impressions: Rows) -> IndexedImpressions:
         """Some of the impressions, in that order."""
         slates = self.slates.take(impressions)
@@ -256,8 +274,7 @@ def draw_clicks(
     Returns:
         Impression and position in ``data.slates.values`` of each click, ``[clicks, 2]``.
     """
-    clicks = data.click_counts
-    usable = np.flatnonzero((clicks > 0) & (clicks < data.slates.lengths))
+    usable = np.flatnonzero(data.contrasts)
     wanted = np.zeros(len(data), dtype=np.bool_)
     wanted[rng.permutation(usable)[:max_impressions]] = True
     owners = np.repeat(np.arange(len(data)), data.slates.lengths)
@@ -273,10 +290,9 @@ def count_clicks(
     data: IndexedImpressions, *, clicks_per_impression: int, max_impressions: int
 ) -> int:
     """Expected number of clicks that :func:`draw_clicks` draws; exact where none is left out."""
-    clicks = data.click_counts
-    usable = (clicks > 0) & (clicks < data.slates.lengths)
-    share = min(1.0, max_impressions / max(int(usable.sum()), 1))
-    return round(float(np.minimum(clicks[usable], clicks_per_impression).sum()) * share)
+    clicks = np.minimum(data.click_counts[data.contrasts], clicks_per_impression)
+    share = min(1.0, max_impressions / max(len(clicks), 1))
+    return round(float(clicks.sum()) * share)
 
 
 def click_batch(

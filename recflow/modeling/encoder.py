@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from recflow.core.errors import ArtifactError, ConfigError
@@ -239,7 +240,7 @@ def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
 
 
 def build_encoder(description: dict[str, Any]) -> TextEncoder:
-    """Make an encoder of the described sizes; its weights are to be loaded.
+    """Make an encoder of the described sizes; its weights hold anything until they are loaded.
 
     Raises:
         ArtifactError: The description is not one of :func:`describe_encoder`.
@@ -248,7 +249,7 @@ def build_encoder(description: dict[str, Any]) -> TextEncoder:
         raw = dict(description["transformer"])
         shapes = [LayerShape(int(s["heads"]), int(s["channels"])) for s in description["layers"]]
         config = AutoConfig.for_model(raw.pop("model_type"), **raw)
-        with _quiet_transformers():
+        with _quiet_transformers(), no_init_weights():
             transformer = AutoModel.from_config(
                 config, add_pooling_layer=False, attn_implementation="sdpa"
             )

@@ -277,17 +277,13 @@ class _ItemVectors:
                 encoder, tokens, layer=lowest, max_bytes=max_bytes, on_texts=progress.advance
             )
         self.cache_seconds = progress.close()
-        self._encoder = encoder
         self._kept = torch.empty(len(tokens), encoder.dimension)
         self.renew(np.arange(len(tokens)))
 
     def renew(self, rows: Rows) -> None:
-        """Encode these items again, without dropout and gradient."""
-        training = self._encoder.training
-        self._encoder.eval()
+        """Encode these items again."""
         with torch.no_grad(), mixed_precision():
             self._kept[torch.from_numpy(rows)] = self._hidden.encode(rows)
-        self._encoder.train(training)
 
     def kept(self, rows: Rows) -> Tensor:
         """Vectors ``[rows, dimension]`` as last computed."""
@@ -316,6 +312,8 @@ class _TrainingRun:
         tracker: Tracker,
     ) -> None:
         self._config, self._tracker = config, tracker
+        # The encoder stays in evaluation mode: with dropout, fresh vectors would differ from kept
+        # ones of the same weights, and every similarity between the two would be noise.
         self.encoder = load_pretrained(base_model)
         lowest = apply_strategy(config.strategy, self.encoder, tuned_layers=config.tuned_layers)
         self._encoder_learns = lowest < len(self.encoder.layers)
@@ -326,6 +324,8 @@ class _TrainingRun:
             index_impressions(validation, used, config.history_length),
             config.max_validation_impressions,
         )
+        self._train.require_contrasts("training")
+        self._validation.require_contrasts("validation")
         seen = self._train.distinct_items
         self._known_categories = used.categories_of(seen) if config.categories else []
         self._categories = torch.from_numpy(used.category_numbers(self._known_categories))
@@ -463,7 +463,6 @@ class _TrainingRun:
         )
         progress = Progress(f"{phase.name} epoch {epoch}/{phase.epochs}", len(clicks), "clicks")
         self._user_model.train()
-        self.encoder.train(phase.encoder_learns)
         losses: list[float] = []
         for start in range(0, len(clicks), phase.batch_size):
             drawn = clicks[start : start + phase.batch_size]

@@ -117,9 +117,7 @@ class UserModel(nn.Module):
         category = functional.normalize(self.category(categories), dim=-1)
         return ItemStates((text, category), appeal + self.category_appeal(categories).squeeze(-1))
 
-    def forward(
-        self, items: ItemStates, history: Tensor, candidates: Tensor, *, raw: bool = False
-    ) -> Tensor:
+    def forward(self, items: ItemStates, history: Tensor, candidates: Tensor) -> Tensor:
         """Score candidates.
 
         Args:
@@ -128,10 +126,20 @@ class UserModel(nn.Module):
                 ``[users, clicks]``; at most ``history_length`` clicks.
             candidates: Row of each candidate, ``[users, slate]``, or ``[1, slate]`` for one slate
                 that all users share; -1 where there is none (its score has no meaning).
-            raw: Return the features ``[users, slate, features]`` instead, to fit their scale.
 
         Returns:
             Scores ``[users, slate]``, comparable within a row.
+        """
+        features = self.features(items, history, candidates)
+        scaled = (features - self.feature_mean) / self.feature_scale
+        fit = (self.linear(scaled) + self.network(scaled)).squeeze(-1)
+        warm = (history >= 0).any(dim=1, keepdim=True)
+        return items.appeal[candidates.clamp(min=0)] + fit * warm
+
+    def features(self, items: ItemStates, history: Tensor, candidates: Tensor) -> Tensor:
+        """Summaries of the similarities, ``[users, slate, features]``, before they are scaled.
+
+        The arguments are those of :meth:`forward`.
         """
         seen = history >= 0
         clicks, slate = history.clamp(min=0), candidates.clamp(min=0)
@@ -139,13 +147,7 @@ class UserModel(nn.Module):
         for channel, vectors in enumerate(items.channels):
             similarity = _similarities(vectors, clicks, slate)
             summaries += self._summarise(similarity, seen, channel)
-        features = torch.stack(summaries, dim=-1)
-        if raw:
-            return features
-        scaled = (features - self.feature_mean) / self.feature_scale
-        fit = (self.linear(scaled) + self.network(scaled)).squeeze(-1)
-        warm = seen.any(dim=1, keepdim=True)
-        return items.appeal[slate] + fit * warm
+        return torch.stack(summaries, dim=-1)
 
     def _summarise(self, similarity: Tensor, seen: Tensor, channel: int) -> list[Tensor]:
         """Six summaries ``[users, slate]`` of similarities ``[users, slate, clicks]``."""
@@ -174,7 +176,7 @@ def fit_feature_scale(
 ) -> None:
     """Set the scale of the features from a sample of training impressions with a history."""
     with torch.no_grad():
-        features = model(items, history, candidates, raw=True)
+        features = model.features(items, history, candidates)
         known = (candidates >= 0) & (history >= 0).any(dim=1, keepdim=True)
         if not known.any():
             return

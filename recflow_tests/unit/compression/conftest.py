@@ -1,0 +1,8 @@
+# pyright: reportUnusedImport=false
+from recflow_tests.unit.modeling.conftest import (  # noqa: F401
+    base_model,
+    items,
+    train,
+    trained,
+    validation,
+)

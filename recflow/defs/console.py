@@ -4,7 +4,7 @@ The full event log with every stack trace stays in Dagster; this is what a termi
 """
 
 import logging
-import sys
+import os
 from datetime import datetime
 from typing import Any
 
@@ -81,7 +81,8 @@ def cause_of(error: Any) -> str:
     while root.cause is not None:
         root = root.cause
     if root.cls_name in _EXPECTED:
-        return str(root.message).strip()
+        # Recorded as "module.Class: sentence"; the sentence is what helps.
+        return str(root.message).split(": ", 1)[-1].strip()
     return str(error.to_string())
 
 
@@ -95,7 +96,9 @@ def _subject(step_key: str) -> str:
 )
 def console_logger(context: dg.InitLoggerContext) -> logging.Logger:
     """Return the logger that writes to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+    # A copy of standard error from before Dagster captures it: captured output reaches the terminal
+    # through a second process, which a run that ends quickly can outpace, losing its last lines.
+    handler = logging.StreamHandler(os.fdopen(os.dup(2), "w", encoding="utf-8"))
     handler.setFormatter(ConsoleFormatter())
     handler.addFilter(_ShownOnly())
     # Named apart from the loggers Dagster manages, which would send each line back to Dagster.

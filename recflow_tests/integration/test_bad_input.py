@@ -1,9 +1,10 @@
 """Mistakes end in one sentence and a non-zero exit, and leave nothing half-written."""
 
 import shutil
-import sqlite3
 from pathlib import Path
+from typing import Any
 
+import dagster as dg
 import pytest
 
 from recflow_tests.integration.deployment import FIRST_DAY, SAMPLE, Deployment
@@ -42,13 +43,21 @@ def test_failed_contract_stops_everything_downstream(tmp_path: Path, logs: Path)
     summary = validation.file("summary.html").read_text()
     assert "title_words" in summary
     assert "news.tsv" in summary
-    with sqlite3.connect(next((place.dagster_home / "history").rglob("index.db"))) as database:
-        (evaluation,) = database.execute(
-            "select evaluation_event from asset_check_executions where check_name = "
-            "'meets_contract' and asset_key like '%items%'"
-        ).fetchone()
-    assert "expect_column_values_to_be_between" in evaluation
-    assert '\\"source_row\\": 5' in evaluation
+    (expectation,) = failed_expectations(place)[DAY]
+    assert expectation["name"] == "expect_column_values_to_be_between"
+    assert expectation["column"] == "title_words"
+    assert expectation["unexpected_count"] == 1
+    (example,) = expectation["examples"]
+    assert (example["source_file"], example["source_row"]) == ("news.tsv", 5)
+
+
+def failed_expectations(place: Deployment) -> dict[str, list[dict[str, Any]]]:
+    """What the check's metadata shows in Dagster."""
+    key = dg.AssetCheckKey(dg.AssetKey(["features", "items"]), "meets_contract")
+    with dg.DagsterInstance.from_config(str(place.dagster_home)) as instance:
+        (record,) = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)
+    evaluation = record.event.dagster_event.asset_check_evaluation_data
+    return evaluation.metadata["failed_expectations"].data
 
 
 def break_nothing(logs: Path) -> None:
@@ -89,8 +98,9 @@ def test_unusable_logs_end_in_one_sentence(
     place = deployment(tmp_path, logs, **settings)
     done = place.materialise('key:"raw/impressions"', day)
     assert done.returncode != 0
-    (failure,) = [line for line in done.stderr.splitlines() if "FAILED" in line]
-    assert all(word in failure for word in says), failure
+    failures = [line for line in done.stderr.splitlines() if " FAILED " in line]
+    assert len(failures) == 1, done.stderr
+    assert all(word in failures[0] for word in says), failures
     assert "Stack Trace" not in done.stderr
     assert not list(place.store.root.rglob("*.parquet"))
     assert not list(place.store.root.rglob(".*"))

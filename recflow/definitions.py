@@ -33,7 +33,9 @@ def _with_freshness(spec: dg.AssetSpec) -> dg.AssetSpec:
 
 
 defs = dg.Definitions(
-    assets=dg.map_asset_specs(_with_freshness, dg.load_assets_from_modules(STAGES, include_specs=True)),
+    assets=dg.map_asset_specs(
+        _with_freshness, dg.load_assets_from_modules(STAGES, include_specs=True)
+    ),
     asset_checks=dg.load_asset_checks_from_modules(STAGES),
     jobs=JOBS,
     schedules=SCHEDULES,

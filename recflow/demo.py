@@ -73,6 +73,8 @@ class Deployment:
             **inherited,
             ENV_FILE_VARIABLE: str(self.env_file),
             "DAGSTER_HOME": str(self.dagster_home),
+            # The newer `dg launch` does the same; nobody needs to hear it twice a run.
+            "PYTHONWARNINGS": "ignore:Function `asset_materialize_command` is superseded",
         }
 
 

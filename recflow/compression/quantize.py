@@ -245,8 +245,10 @@ def _sample(items: pl.DataFrame, limit: int) -> list[str]:
 
 def _quantize(exported: bytes, file: Path) -> None:
     # quantize_dynamic advises on the root logger to optimise the graph first; the session does it.
-    root = logging.getLogger()
+    # Were there no handler, logging would install one that repeats every later message.
+    root, silent = logging.getLogger(), logging.NullHandler()
     level = root.level
+    root.addHandler(silent)
     root.setLevel(logging.ERROR)
     try:
         quantize_dynamic(
@@ -257,6 +259,7 @@ def _quantize(exported: bytes, file: Path) -> None:
         )
     finally:
         root.setLevel(level)
+        root.removeHandler(silent)
 
 
 @contextmanager

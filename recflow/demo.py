@@ -93,8 +93,7 @@ def find_deployment(data: str) -> Deployment:
     env_file = home / "recflow.env"
     if not env_file.is_file():
         raise ConfigError(f"nothing was materialised for {data} yet; run: make demo DATA={data}")
-    os.environ[ENV_FILE_VARIABLE] = str(env_file)
-    return Deployment(load_settings(), env_file, home / "dagster")
+    return Deployment(load_settings(env_file), env_file, home / "dagster")
 
 
 def run_demo(
@@ -113,9 +112,8 @@ def run_demo(
     """
     if data not in SOURCE_NAMES:
         raise ConfigError.of("DATA", data, ", ".join(SOURCE_NAMES))
-    directory = _logs(data, directory, say)
+    source = open_source(data, _logs(data, directory, say))
     base_model = _base_model()
-    source = open_source(data, directory)
     deployment = configure(data, source, base_model, last_day)
     settings = deployment.settings
     assert settings.last_day is not None

@@ -111,21 +111,23 @@ class Settings(BaseSettings):
         return "\n".join(lines) + "\n"
 
 
-def load_settings(**overrides: Any) -> Settings:
+def load_settings(env_file: Path | None = None, **overrides: Any) -> Settings:
     """Read the settings.
 
     Args:
+        env_file: File to read; ``None`` takes the one the environment names.
         overrides: Values that win over environment and file.
 
     Raises:
         ConfigError: A key is unknown or a value not allowed; names the key, the value and what is
             allowed.
     """
-    env_file = os.environ.get(ENV_FILE_VARIABLE, DEFAULT_ENV_FILE)
-    if ENV_FILE_VARIABLE in os.environ and not Path(env_file).is_file():
-        raise ConfigError.of(ENV_FILE_VARIABLE, env_file, "an existing file")
-    _refuse_unknown(os.environ.keys(), "environment")
-    _refuse_unknown(_keys_of(Path(env_file)), env_file)
+    named = env_file or os.environ.get(ENV_FILE_VARIABLE)
+    if named is not None and not Path(named).is_file():
+        raise ConfigError.of(ENV_FILE_VARIABLE, str(named), "an existing file")
+    env_file = Path(named or DEFAULT_ENV_FILE)
+    _refuse_unknown(os.environ.keys(), "the environment")
+    _refuse_unknown(_keys_of(env_file), str(env_file))
     try:
         return Settings(_env_file=env_file, **overrides)  # pyright: ignore[reportCallIssue]
     except ValidationError as error:

@@ -5,6 +5,7 @@ The full event log with every stack trace stays in Dagster; this is what a termi
 
 import logging
 import os
+import weakref
 from datetime import datetime
 from typing import Any
 
@@ -56,6 +57,25 @@ class ConsoleFormatter(logging.Formatter):
         return f"{label:8} {_subject(event.step_key or '')}".rstrip()
 
 
+class _TerminalHandler(logging.Handler):
+    """Writes to a copy of standard error from before Dagster captures it.
+
+    Captured output reaches the terminal through a second process, which a run that ends quickly can
+    outpace, losing its last lines.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._descriptor = os.dup(2)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            os.write(self._descriptor, f"{self.format(record)}\n".encode())
+        except OSError:
+            self.handleError(record)
+
+
 class _ShownOnly(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         event = getattr(record, "dagster_event", None)
@@ -96,9 +116,7 @@ def _subject(step_key: str) -> str:
 )
 def console_logger(context: dg.InitLoggerContext) -> logging.Logger:
     """Return the logger that writes to standard error."""
-    # A copy of standard error from before Dagster captures it: captured output reaches the terminal
-    # through a second process, which a run that ends quickly can outpace, losing its last lines.
-    handler = logging.StreamHandler(os.fdopen(os.dup(2), "w", encoding="utf-8"))
+    handler = _TerminalHandler()
     handler.setFormatter(ConsoleFormatter())
     handler.addFilter(_ShownOnly())
     # Named apart from the loggers Dagster manages, which would send each line back to Dagster.

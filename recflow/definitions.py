@@ -1,6 +1,7 @@
 """The Dagster code location: collects the stages and applies what holds for all of them."""
 
 from datetime import timedelta
+from typing import cast
 
 import dagster as dg
 
@@ -25,6 +26,13 @@ FRESH_FOR = timedelta(hours=36)
 FRESH_GROUPS = {models.GROUP, evaluation.GROUP}
 
 
+# The stages hold nothing that Dagster's other kinds of loadable assets would allow.
+ASSETS = cast(
+    "list[dg.AssetsDefinition | dg.AssetSpec]",
+    dg.load_assets_from_modules(STAGES, include_specs=True),
+)
+
+
 def _with_freshness(spec: dg.AssetSpec) -> dg.AssetSpec:
     """Expect new models and reports every night, unless the logs have ended."""
     if settings.last_day is not None or spec.group_name not in FRESH_GROUPS:
@@ -33,9 +41,7 @@ def _with_freshness(spec: dg.AssetSpec) -> dg.AssetSpec:
 
 
 defs = dg.Definitions(
-    assets=dg.map_asset_specs(
-        _with_freshness, dg.load_assets_from_modules(STAGES, include_specs=True)
-    ),
+    assets=dg.map_asset_specs(_with_freshness, ASSETS),
     asset_checks=dg.load_asset_checks_from_modules(STAGES),
     jobs=JOBS,
     schedules=SCHEDULES,

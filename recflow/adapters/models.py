@@ -12,7 +12,7 @@ from recflow.adapters.keys import FINE_TUNED, PRUNED, QUANTIZED, TEST
 from recflow.adapters.snapshots import Snapshot, load_snapshot
 from recflow.compression.prune import PruningConfig, PruningReport, prune_ranker
 from recflow.compression.quantize import QuantizationConfig, QuantizationReport, quantize_ranker
-from recflow.core.artifacts import Artifact, Draft, JsonValue, sha256_of
+from recflow.core.artifacts import MANIFEST_NAME, Artifact, Draft, JsonValue, sha256_of
 from recflow.core.errors import ArtifactError
 from recflow.modeling.tracking import Tracker
 from recflow.modeling.trainer import TrainingConfig, TrainingReport, train_ranker
@@ -155,6 +155,7 @@ def _build(
     tracker.log_params(config)
     results = {k: float(v) for k, v in artifact.facts.items() if isinstance(v, int | float)}
     tracker.log_metrics({f"result.{name}": value for name, value in results.items()}, step=0)
+    tracker.log_file(artifact.path / MANIFEST_NAME)
     return artifact
 
 

@@ -24,6 +24,12 @@ DEFAULT_ENV_FILE = ".env"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
+def _usable_processors() -> int:
+    # Not every platform can say which processors this process may use.
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 class Settings(BaseSettings):
     """Everything that differs between two deployments of the same code."""
 
@@ -53,7 +59,7 @@ class Settings(BaseSettings):
     max_history: int = Field(50, ge=1, le=1000, description="Clicks of a user's history kept")
     seed: int = Field(0, ge=0, description="Seed every random choice is derived from")
     threads: int = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)),
+        default_factory=_usable_processors,
         ge=1,
         description="Threads of training and scoring; the same number repeats the same result",
     )

@@ -1,7 +1,7 @@
 """What the stages share: partition keys, owners, and metadata people look at."""
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import dagster as dg
 from recflow.core.artifacts import Artifact, JsonValue
 from recflow.core.columns import Column, TableContract
 from recflow.data.split import Claim
+from recflow.defs.partitions import DAILY
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +23,35 @@ class Rebuild(dg.Config):
     """Work that is already stored is reused unless this says otherwise."""
 
     rebuild: bool = False
+
+
+def daily_asset(
+    key: str,
+    *,
+    group: str,
+    kinds: set[str],
+    contract: TableContract | None = None,
+    **options: Any,
+) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
+    """``dg.asset`` with what all of recflow's assets share.
+
+    Args:
+        key: Slash-separated key; the artifact is stored under the same.
+        group: Group, which is also the stage.
+        kinds: Kinds shown in the UI.
+        contract: The table the asset is, if it is one.
+        options: Further arguments of ``dg.asset``.
+    """
+    return dg.asset(
+        key=key.split("/"),
+        partitions_def=DAILY,
+        group_name=group,
+        owners=OWNERS,
+        kinds=kinds,
+        tags={"recflow/stage": group},
+        metadata=table_metadata(contract) if contract else None,
+        **options,
+    )
 
 
 def code_version_of(context: dg.AssetExecutionContext) -> str:

@@ -20,17 +20,17 @@ from recflow.adapters.keys import (
     VALIDATION,
 )
 from recflow.defs.common import (
-    OWNERS,
     Rebuild,
     artifact_result,
     bar_plot,
     claim_result,
     code_version_of,
+    daily_asset,
     keys_of,
     link_to,
 )
 from recflow.defs.models.assets import POOL, pretrained_spec
-from recflow.defs.partitions import DAILY, WINDOW, window_keys
+from recflow.defs.partitions import WINDOW, window_keys
 from recflow.defs.resources import BaseModelResource, LogsResource, StoreResource, settings
 from recflow.defs.tracking import run_metadata, tracker_of
 
@@ -59,17 +59,14 @@ class ReportConfig(Rebuild):
     confidence: float = Field(0.95, description="Share of the resamples inside an interval")
 
 
-@dg.asset(
-    key=PREDICTIONS.split("/"),
+@daily_asset(
+    PREDICTIONS,
+    group=GROUP,
+    kinds={"pytorch", "onnx", "parquet"},
     deps=[
         pretrained_spec,
         *keys_of([FINE_TUNED, PRUNED, QUANTIZED, TRAIN, VALIDATION, TEST, ITEMS]),
     ],
-    partitions_def=DAILY,
-    group_name=GROUP,
-    owners=OWNERS,
-    kinds={"pytorch", "onnx", "parquet"},
-    tags={"recflow/stage": "evaluation"},
     pool=POOL,
     code_version="1",
     description="Scores of validation and test by every baseline and every model.",
@@ -98,14 +95,11 @@ def predictions(
     return artifact_result(PREDICTIONS, artifact)
 
 
-@dg.asset(
-    key=MEASUREMENTS.split("/"),
-    deps=keys_of([FINE_TUNED, PRUNED, QUANTIZED, ITEMS]),
-    partitions_def=DAILY,
-    group_name=GROUP,
-    owners=OWNERS,
+@daily_asset(
+    MEASUREMENTS,
+    group=GROUP,
     kinds={"pytorch", "onnx"},
-    tags={"recflow/stage": "evaluation"},
+    deps=keys_of([FINE_TUNED, PRUNED, QUANTIZED, ITEMS]),
     pool=POOL,
     code_version="1",
     description="Size, latency, throughput and memory of every model, on this machine.",
@@ -128,8 +122,10 @@ def measurements(
     return artifact_result(MEASUREMENTS, artifact)
 
 
-@dg.asset(
-    key=REPORT.split("/"),
+@daily_asset(
+    REPORT,
+    group=GROUP,
+    kinds={"html", "json"},
     deps=[
         *keys_of([PREDICTIONS, MEASUREMENTS, FINE_TUNED, PRUNED, QUANTIZED]),
         *keys_of([TRAIN, VALIDATION, TEST, ITEMS]),
@@ -138,11 +134,6 @@ def measurements(
             for key in keys_of([CLEANED_IMPRESSIONS, CLEANED_ITEMS])
         ),
     ],
-    partitions_def=DAILY,
-    group_name=GROUP,
-    owners=OWNERS,
-    kinds={"html", "json"},
-    tags={"recflow/stage": "evaluation"},
     code_version="1",
     description="Accuracy with intervals beside latency, size and memory; one HTML and one JSON.",
 )

@@ -16,31 +16,27 @@ from recflow.core.artifacts import Artifact
 from recflow.core.columns import IMPRESSION_FEATURES, ITEM_FEATURES, TableContract
 from recflow.data.features import impression_features, item_features
 from recflow.defs.common import (
-    OWNERS,
     Rebuild,
     code_version_of,
+    daily_asset,
     days_result,
     keys_of,
     link_to,
-    table_metadata,
 )
-from recflow.defs.partitions import DAILY, ONE_RUN
+from recflow.defs.partitions import ONE_RUN
 from recflow.defs.resources import StoreResource
 
 GROUP = "features"
 MEETS_CONTRACT = "meets_contract"
 
 
-@dg.asset(
-    key=FEATURES_ITEMS.split("/"),
-    deps=keys_of([CLEANED_ITEMS]),
-    partitions_def=DAILY,
-    backfill_policy=ONE_RUN,
-    group_name=GROUP,
-    owners=OWNERS,
+@daily_asset(
+    FEATURES_ITEMS,
+    group=GROUP,
     kinds={"polars", "parquet"},
-    tags={"recflow/stage": "features"},
-    metadata=table_metadata(ITEM_FEATURES),
+    contract=ITEM_FEATURES,
+    deps=keys_of([CLEANED_ITEMS]),
+    backfill_policy=ONE_RUN,
     code_version="1",
     description="Items as the encoder reads them: one text, category, lengths.",
 )
@@ -61,16 +57,13 @@ def features_items(
     return days_result(context, built)
 
 
-@dg.asset(
-    key=FEATURES_IMPRESSIONS.split("/"),
-    deps=keys_of([CLEANED_IMPRESSIONS]),
-    partitions_def=DAILY,
-    backfill_policy=ONE_RUN,
-    group_name=GROUP,
-    owners=OWNERS,
+@daily_asset(
+    FEATURES_IMPRESSIONS,
+    group=GROUP,
     kinds={"polars", "parquet"},
-    tags={"recflow/stage": "features"},
-    metadata=table_metadata(IMPRESSION_FEATURES),
+    contract=IMPRESSION_FEATURES,
+    deps=keys_of([CLEANED_IMPRESSIONS]),
+    backfill_policy=ONE_RUN,
     code_version="1",
     description="Impressions with what the row alone tells; nothing is fitted here.",
 )

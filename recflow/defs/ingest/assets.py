@@ -5,8 +5,14 @@ import dagster as dg
 from recflow.adapters.keys import RAW_IMPRESSIONS, RAW_ITEMS
 from recflow.adapters.parquet_io import ingest_impressions, ingest_items
 from recflow.core.columns import IMPRESSIONS, ITEMS
-from recflow.defs.common import OWNERS, Rebuild, code_version_of, days_result, table_metadata
-from recflow.defs.partitions import DAILY, ONE_RUN
+from recflow.defs.common import (
+    OWNERS,
+    Rebuild,
+    code_version_of,
+    daily_asset,
+    days_result,
+)
+from recflow.defs.partitions import ONE_RUN
 from recflow.defs.resources import LogsResource, StoreResource
 
 GROUP = "ingest"
@@ -27,16 +33,13 @@ catalogue_spec = dg.AssetSpec(
 )
 
 
-@dg.asset(
-    key=RAW_IMPRESSIONS.split("/"),
-    deps=[logs_spec],
-    partitions_def=DAILY,
-    backfill_policy=ONE_RUN,
-    group_name=GROUP,
-    owners=OWNERS,
+@daily_asset(
+    RAW_IMPRESSIONS,
+    group=GROUP,
     kinds={"polars", "parquet"},
-    tags={"recflow/stage": "ingest"},
-    metadata=table_metadata(IMPRESSIONS),
+    contract=IMPRESSIONS,
+    deps=[logs_spec],
+    backfill_policy=ONE_RUN,
     code_version="1",
     description="A day of impressions as logged; lines that are no impression go to quarantine.",
 )
@@ -55,16 +58,13 @@ def raw_impressions(
     return days_result(context, built)
 
 
-@dg.asset(
-    key=RAW_ITEMS.split("/"),
-    deps=[catalogue_spec],
-    partitions_def=DAILY,
-    backfill_policy=ONE_RUN,
-    group_name=GROUP,
-    owners=OWNERS,
+@daily_asset(
+    RAW_ITEMS,
+    group=GROUP,
     kinds={"polars", "parquet"},
-    tags={"recflow/stage": "ingest"},
-    metadata=table_metadata(ITEMS),
+    contract=ITEMS,
+    deps=[catalogue_spec],
+    backfill_policy=ONE_RUN,
     code_version="1",
     description="The catalogue as exported on that day.",
 )

@@ -15,10 +15,10 @@ from recflow.defs.common import (
     artifact_result,
     code_version_of,
     curve_plot,
+    daily_asset,
     keys_of,
     row_count,
 )
-from recflow.defs.partitions import DAILY
 from recflow.defs.resources import BaseModelResource, StoreResource, settings
 from recflow.defs.tracking import run_metadata, tracker_of
 
@@ -68,14 +68,11 @@ class QuantizationRunConfig(Rebuild):
     min_cosine: float = Field(0.95, description="Least mean cosine of int8 to float32 vectors")
 
 
-@dg.asset(
-    key=FINE_TUNED.split("/"),
-    deps=[pretrained_spec, *keys_of([TRAIN, VALIDATION, ITEMS])],
-    partitions_def=DAILY,
-    group_name=GROUP,
-    owners=OWNERS,
+@daily_asset(
+    FINE_TUNED,
+    group=GROUP,
     kinds={"pytorch", "huggingface"},
-    tags={"recflow/stage": "models"},
+    deps=[pretrained_spec, *keys_of([TRAIN, VALIDATION, ITEMS])],
     pool=POOL,
     code_version="1",
     description="The encoder's last layers and a user model over the click history, trained on "
@@ -111,14 +108,11 @@ def fine_tuned(
     return _model_result(FINE_TUNED, artifact, mlflow)
 
 
-@dg.asset(
-    key=PRUNED.split("/"),
-    deps=keys_of([FINE_TUNED, TRAIN, VALIDATION, ITEMS]),
-    partitions_def=DAILY,
-    group_name=GROUP,
-    owners=OWNERS,
+@daily_asset(
+    PRUNED,
+    group=GROUP,
     kinds={"pytorch"},
-    tags={"recflow/stage": "models"},
+    deps=keys_of([FINE_TUNED, TRAIN, VALIDATION, ITEMS]),
     pool=POOL,
     code_version="1",
     description="The fine-tuned model with its least important attention heads and feed-forward "
@@ -148,14 +142,11 @@ def pruned(
     return _model_result(PRUNED, artifact, mlflow)
 
 
-@dg.asset(
-    key=QUANTIZED.split("/"),
-    deps=keys_of([FINE_TUNED, ITEMS]),
-    partitions_def=DAILY,
-    group_name=GROUP,
-    owners=OWNERS,
+@daily_asset(
+    QUANTIZED,
+    group=GROUP,
     kinds={"onnx"},
-    tags={"recflow/stage": "models"},
+    deps=keys_of([FINE_TUNED, ITEMS]),
     pool=POOL,
     code_version="1",
     description="The fine-tuned model in 8-bit integers, executed by ONNX Runtime; exported only "

@@ -11,32 +11,28 @@ from recflow.core.artifacts import Artifact
 from recflow.core.columns import IMPRESSIONS, ITEMS, Columns
 from recflow.data.clean import Cleaned, clean_impressions, clean_items
 from recflow.defs.common import (
-    OWNERS,
     Rebuild,
     code_version_of,
     counts_table,
+    daily_asset,
     days_result,
     keys_of,
-    table_metadata,
     total_counts,
 )
-from recflow.defs.partitions import DAILY, ONE_RUN
+from recflow.defs.partitions import ONE_RUN
 from recflow.defs.resources import StoreResource, settings
 
 GROUP = "prepare"
 ROWS_ADD_UP = "rows_add_up"
 
 
-@dg.asset(
-    key=CLEANED_ITEMS.split("/"),
-    deps=keys_of([RAW_ITEMS]),
-    partitions_def=DAILY,
-    backfill_policy=ONE_RUN,
-    group_name=GROUP,
-    owners=OWNERS,
+@daily_asset(
+    CLEANED_ITEMS,
+    group=GROUP,
     kinds={"polars", "parquet"},
-    tags={"recflow/stage": "prepare"},
-    metadata=table_metadata(ITEMS),
+    contract=ITEMS,
+    deps=keys_of([RAW_ITEMS]),
+    backfill_policy=ONE_RUN,
     code_version="1",
     description="The catalogue without duplicated ids and items that have no text.",
 )
@@ -57,16 +53,13 @@ def cleaned_items(
     return days_result(context, built)
 
 
-@dg.asset(
-    key=CLEANED_IMPRESSIONS.split("/"),
-    deps=keys_of([RAW_IMPRESSIONS, CLEANED_ITEMS]),
-    partitions_def=DAILY,
-    backfill_policy=ONE_RUN,
-    group_name=GROUP,
-    owners=OWNERS,
+@daily_asset(
+    CLEANED_IMPRESSIONS,
+    group=GROUP,
     kinds={"polars", "parquet"},
-    tags={"recflow/stage": "prepare"},
-    metadata=table_metadata(IMPRESSIONS),
+    contract=IMPRESSIONS,
+    deps=keys_of([RAW_IMPRESSIONS, CLEANED_ITEMS]),
+    backfill_policy=ONE_RUN,
     code_version="1",
     description="Impressions whose every item is known; the rest is in quarantine with its reason.",
 )

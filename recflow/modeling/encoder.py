@@ -83,6 +83,14 @@ class TextEncoder(nn.Module):
         return int(self.config.hidden_size)
 
     @property
+    def longest_text(self) -> int:
+        """Most tokens the encoder has positions for."""
+        embeddings: Any = cast("Any", self.transformer).embeddings
+        # RoBERTa's positions begin behind the padding index; BERT's embeddings have no such index.
+        first_position = getattr(embeddings, "padding_idx", -1) + 1
+        return int(self.config.max_position_embeddings) - first_position
+
+    @property
     def head_size(self) -> int:
         """Width of one attention head."""
         return int(self.config.hidden_size) // int(self.config.num_attention_heads)

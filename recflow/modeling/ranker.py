@@ -218,7 +218,7 @@ def frozen_item_vectors(
         base_model: Hugging Face model directory.
         items: Item features.
         threads: Threads torch may use; ``None`` leaves it as it is.
-        max_tokens: Longest text in tokens.
+        max_tokens: Longest text in tokens; fewer where the encoder has fewer positions.
 
     Returns:
         Item ids and their unit vectors ``[items, dimension]`` float32.
@@ -227,7 +227,8 @@ def frozen_item_vectors(
         ArtifactError: The directory is not a complete model.
     """
     encoder = load_pretrained(base_model)
-    tokenizer = TextTokenizer(base_model / TOKENIZER_NAME, max_tokens)
+    longest = min(max_tokens, encoder.longest_text)
+    tokenizer = TextTokenizer(base_model / TOKENIZER_NAME, longest)
     index = ItemIndex(items)
     runtime = TorchRuntime(encoder, threads)
     return index.ids, encode_texts(runtime, tokenizer, index.texts)

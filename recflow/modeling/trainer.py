@@ -315,6 +315,12 @@ class _TrainingRun:
         # The encoder stays in evaluation mode: with dropout, fresh vectors would differ from kept
         # ones of the same weights, and every similarity between the two would be noise.
         self.encoder = load_pretrained(base_model)
+        if config.max_tokens > self.encoder.longest_text:
+            raise ConfigError.of(
+                "max_tokens",
+                config.max_tokens,
+                f"at most {self.encoder.longest_text}, as many as {base_model} has positions for",
+            )
         lowest = apply_strategy(config.strategy, self.encoder, tuned_layers=config.tuned_layers)
         self._encoder_learns = lowest < len(self.encoder.layers)
 

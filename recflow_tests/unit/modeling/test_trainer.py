@@ -250,3 +250,20 @@ def test_impossible_configuration_is_refused(key: str, value: object) -> None:
 def test_more_layers_than_the_encoder_has_are_refused(base_model: Path) -> None:
     with pytest.raises(ConfigError, match="tuned_layers = 3"):
         apply_strategy("top_k_layers", load_pretrained(base_model), tuned_layers=3)
+
+
+def test_longer_texts_than_the_encoder_has_positions_for_are_refused(
+    base_model: Path, items: pl.DataFrame, train: pl.DataFrame, tmp_path: Path
+) -> None:
+    assert load_pretrained(base_model).longest_text == 32
+    with pytest.raises(ConfigError, match="max_tokens = 33 is not allowed; allowed: at most 32"):
+        train_ranker(
+            items=items,
+            train=train,
+            validation=train,
+            base_model=base_model,
+            output=tmp_path,
+            config=quick(max_tokens=33),
+            tracker=NullTracker(),
+        )
+    assert not list(tmp_path.iterdir())

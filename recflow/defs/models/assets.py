@@ -23,7 +23,7 @@ from recflow.defs.resources import BaseModelResource, StoreResource, settings
 from recflow.defs.tracking import run_metadata, tracker_of
 
 GROUP = "models"
-# Steps of this pool do not run side by side: each uses every core.
+# Steps that use every core; docker/dagster.yaml says how to keep them apart.
 POOL = "compute"
 
 pretrained_spec = dg.AssetSpec(

@@ -1,15 +1,10 @@
-"""Training a ranker in phases, each of which must earn its place on validation.
+"""Training a ranker: first the user model on frozen vectors, then encoder and user model together.
 
-1. *head*: the user model on frozen vectors, its projection of the text left the identity;
-2. *projection*: the projection too, which few clicks or many new items make overfit;
-3. *encoder*: the encoder and the user model together.
-
-The first two cost seconds, because every item vector is computed once, and give the encoder's
-gradient a direction worth following. In the third, a step encodes a bounded number of the batch's
-distinct items with gradient, from hidden states kept in memory; the other items keep the vector
-they last had (embeddings of bounded staleness, as in GRAM, Yang et al. 2022,
-https://arxiv.org/abs/2104.04850), and all vectors are renewed before every validation. Every phase
-begins from, and the ranker is, the best state on validation so far.
+The first phase costs seconds, because every item vector is computed once, and gives the encoder's
+gradient a direction worth following. In the second phase a step encodes a bounded number of the
+batch's distinct items with gradient, from hidden states kept in memory; the other items keep the
+vector they last had (embeddings of bounded staleness, as in GRAM, Yang et al. 2022,
+https://arxiv.org/abs/2104.04850), and all vectors are renewed before every validation.
 """
 
 from __future__ import annotations
@@ -77,13 +72,12 @@ class TrainingConfig:
         max_impressions_per_epoch: Most impressions in an epoch.
         max_validation_impressions: Most impressions scored after an epoch, evenly spread in time.
         head_epochs: Epochs of the user model on frozen vectors.
-        projection_epochs: Epochs of the user model with its projection on frozen vectors.
         encoder_epochs: Epochs of encoder and user model together.
-        head_batch_size: Clicks a step on frozen vectors.
-        encoder_batch_size: Clicks a step of the encoder's phase.
+        head_batch_size: Clicks a step of the first phase.
+        encoder_batch_size: Clicks a step of the second phase.
         max_texts_per_step: Distinct items encoded with gradient in a step.
-        head_learning_rate: Peak learning rate of the user model; half of it with the projection,
-            a tenth with the encoder.
+        head_learning_rate: Peak learning rate of the user model; a tenth of it in the second
+            phase.
         encoder_learning_rate: Peak learning rate of the encoder.
         weight_decay: AdamW's decoupled weight decay.
         warmup_share: Share of a phase's steps in which the learning rate rises.
@@ -104,12 +98,11 @@ class TrainingConfig:
     clicks_per_impression: int = 4
     max_impressions_per_epoch: int = 20_000
     max_validation_impressions: int = 4_000
-    head_epochs: int = 6
-    projection_epochs: int = 4
+    head_epochs: int = 4
     encoder_epochs: int = 2
     head_batch_size: int = 128
     encoder_batch_size: int = 256
-    max_texts_per_step: int = 96
+    max_texts_per_step: int = 256
     head_learning_rate: float = 2e-3
     encoder_learning_rate: float = 5e-5
     weight_decay: float = 0.01
@@ -140,7 +133,7 @@ class TrainingConfig:
         for key in ("warmup_share", "dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError.of(key, getattr(self, key), "at least 0 and below 1")
-        for key in ("projection_epochs", "encoder_epochs", "weight_decay", "seed"):
+        for key in ("encoder_epochs", "weight_decay", "seed"):
             if getattr(self, key) < 0:
                 raise ConfigError.of(key, getattr(self, key), "at least 0")
         if not 4 <= self.max_tokens <= 512:
@@ -152,7 +145,7 @@ class EpochReport:
     """One pass over the training impressions.
 
     Attributes:
-        phase: ``head``, ``projection`` or ``encoder``.
+        phase: ``head`` (frozen vectors) or ``encoder``.
         epoch: Number within the phase, from 1.
         steps: Optimiser steps.
         clicks: Click samples.
@@ -177,7 +170,7 @@ class TrainingReport:
     Attributes:
         strategy: Fine-tuning strategy.
         epochs: Every epoch, in order.
-        best_epoch: Number of the epoch whose state was kept, from 1, over all phases.
+        best_epoch: Number of the epoch whose state was kept, from 1, over both phases.
         best_validation_auc: Its validation AUC.
         seconds: Wall time from loading to saving.
         steps: Optimiser steps.
@@ -211,7 +204,6 @@ class _Phase:
     epochs: int
     batch_size: int
     head_learning_rate: float
-    projection_learns: bool = False
     encoder_learning_rate: float = 0.0
 
     @property
@@ -356,6 +348,7 @@ class _TrainingRun:
         )
         self._user_model.centre.copy_(self._vectors.kept(seen).mean(0))
         self._fit_feature_scale()
+        self._items = len(used)
         self._epochs: list[EpochReport] = []
         self._step = 0
         self._best: _BestState | None = None
@@ -363,28 +356,22 @@ class _TrainingRun:
     def phases(self) -> list[_Phase]:
         """The phases of this run, in order."""
         config = self._config
-        phases = [
-            _Phase("head", config.head_epochs, config.head_batch_size, config.head_learning_rate),
-            _Phase(
-                "projection",
-                config.projection_epochs,
-                config.head_batch_size,
-                config.head_learning_rate / 2,
-                projection_learns=True,
-            ),
+        head = _Phase("head", config.head_epochs, config.head_batch_size, config.head_learning_rate)
+        if not self._encoder_learns or config.encoder_epochs == 0:
+            return [head]
+        return [
+            head,
             _Phase(
                 "encoder",
-                config.encoder_epochs if self._encoder_learns else 0,
+                config.encoder_epochs,
                 config.encoder_batch_size,
                 config.head_learning_rate / 10,
-                encoder_learning_rate=config.encoder_learning_rate,
+                config.encoder_learning_rate,
             ),
         ]
-        return [phase for phase in phases if phase.epochs]
 
     def train_phase(self, phase: _Phase) -> None:
         """Train until the phase ends or validation has not improved for ``patience`` epochs."""
-        self._user_model.projection.requires_grad_(phase.projection_learns)
         optimiser = self._optimiser(phase)
         without_gain = 0
         for epoch in range(1, phase.epochs + 1):

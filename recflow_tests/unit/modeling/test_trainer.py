@@ -60,25 +60,10 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(
 
 
 def test_only_the_chosen_layers_move(
-    base_model: Path,
-    items: pl.DataFrame,
-    train: pl.DataFrame,
-    validation: pl.DataFrame,
-    tmp_path: Path,
+    trained: tuple[Path, TrainingReport], base_model: Path
 ) -> None:
-    report = train_ranker(
-        items=items,
-        train=train,
-        validation=validation,
-        base_model=base_model,
-        output=tmp_path,
-        config=quick(head_epochs=1, projection_epochs=0, encoder_epochs=3),
-        tracker=NullTracker(),
-    )
-    # A brief first phase leaves the encoder something to gain, so its state is the one kept.
-    assert report.epochs[report.best_epoch - 1].phase == "encoder"
     before = load_file(base_model / "model.safetensors")
-    after = load_file(tmp_path / "model.safetensors")
+    after = load_file(trained[0] / "model.safetensors")
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
@@ -108,41 +93,14 @@ def test_frozen_strategy_leaves_the_encoder_as_it_was(
         validation=validation,
         base_model=base_model,
         output=tmp_path,
-        config=quick(strategy="frozen", head_epochs=1, projection_epochs=1),
+        config=quick(strategy="frozen", head_epochs=1),
         tracker=NullTracker(),
     )
     before = load_file(base_model / "model.safetensors")
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert {epoch.phase for epoch in report.epochs} == {"head", "projection"}
+    assert {epoch.phase for epoch in report.epochs} == {"head"}
     assert report.trainable_parameters < report.parameters / 2
-
-
-def test_the_projection_moves_only_in_its_own_phase(
-    base_model: Path,
-    items: pl.DataFrame,
-    train: pl.DataFrame,
-    validation: pl.DataFrame,
-    tmp_path: Path,
-) -> None:
-    moved: dict[int, bool] = {}
-    for epochs in (0, 3):
-        output = tmp_path / str(epochs)
-        output.mkdir()
-        report = train_ranker(
-            items=items,
-            train=train,
-            validation=validation,
-            base_model=base_model,
-            output=output,
-            config=quick(strategy="frozen", head_epochs=1, projection_epochs=epochs),
-            tracker=NullTracker(),
-        )
-        projection = load_file(output / "user_model.safetensors")["projection.weight"]
-        moved[epochs] = not torch.equal(projection, torch.eye(32))
-        kept = report.epochs[report.best_epoch - 1].phase
-        assert moved[epochs] == (kept == "projection")
-    assert not moved[0]
 
 
 def test_tracker_hears_parameters_and_metrics(
@@ -170,7 +128,7 @@ def test_tracker_hears_parameters_and_metrics(
         validation=validation,
         base_model=base_model,
         output=tmp_path,
-        config=quick(head_epochs=1, projection_epochs=0, encoder_epochs=1),
+        config=quick(head_epochs=1, encoder_epochs=1),
         tracker=recorder,
     )
     assert recorder.params["negatives"] == 3
@@ -278,7 +236,6 @@ def test_a_category_unseen_in_training_scores_like_an_unknown_one(
         ("max_tokens", 2),
         ("head_epochs", 0),
         ("encoder_epochs", -1),
-        ("projection_epochs", -1),
         ("head_learning_rate", 0.0),
         ("encoder_learning_rate", float("nan")),
         ("dropout", 1.0),

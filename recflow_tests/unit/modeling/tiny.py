@@ -23,7 +23,6 @@ QUICK = TrainingConfig(
     history_length=5,
     negatives=3,
     head_epochs=4,
-    projection_epochs=1,
     encoder_epochs=2,
     head_batch_size=32,
     encoder_batch_size=32,

@@ -96,7 +96,7 @@ class PruningConfig:
     importance_clicks: int = 256
     importance_batch_size: int = 32
     negatives: int = 4
-    recovery_steps: int = 100
+    recovery_steps: int = 200
     recovery_batch_size: int = 64
     learning_rate: float = 5e-4
     weight_decay: float = 0.01

@@ -13,7 +13,7 @@ FIND_LINKS = $(or $(PIP_FIND_LINKS),$(call PIP_SETTING,global.find-links))
 INDEX_URL = $(or $(PIP_INDEX_URL),$(call PIP_SETTING,global.index-url))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo dev test test-unit test-integration check format bench-reading bench-load screenshots clean
+.PHONY: help install lock demo dev test test-integration check format bench-reading bench-load screenshots clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,13 +40,10 @@ demo: $(READY) ## Raw logs to report; DATA=movielens|simulated|mind|ebnerd, DIR=
 dev: $(READY) ## Open Dagster's web UI on what `make demo` materialised (same DATA=)
 	@$(BIN)/recflow dev --data "$(DATA)"
 
-test: $(READY) ## Run the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest
-
-test-unit: $(READY) ## Run the quick tests only
+test: $(READY) ## Run the tests (minutes, on 2 cores)
 	$(BIN)/python -m pytest -m "not integration"
 
-test-integration: $(READY) ## Run the tests that start real processes
+test-integration: $(READY) ## Run the whole lineage in real processes, kills included
 	$(BIN)/python -m pytest -m integration
 
 check: $(READY) ## Lint, format check, types, import contracts

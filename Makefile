@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?= movielens
 DIR ?=
+DATE ?=
 UV_VERSION := 0.13.9
 # uv does not read pip's configuration; hand over where pip would look for wheels and indexes.
 PIP_SETTING = $(shell $(PYTHON) -m pip config get $(1) 2>/dev/null)
@@ -34,8 +35,8 @@ lock: ## Resolve the newest allowed versions into requirements.lock
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv==$(UV_VERSION); }
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras pyproject.toml --output-file requirements.lock
 
-demo: $(READY) ## Raw logs to report; DATA=movielens|simulated|mind|ebnerd, DIR=folder of the logs
-	@$(BIN)/recflow demo --data "$(DATA)" $(if $(DIR),--dir "$(DIR)")
+demo: $(READY) ## Raw logs to report; DATA=movielens|simulated|mind|ebnerd DIR=logs DATE=last-day
+	@$(BIN)/recflow demo --data "$(DATA)" $(if $(DIR),--dir "$(DIR)") $(if $(DATE),--date "$(DATE)")
 
 dev: $(READY) ## Open Dagster's web UI on what `make demo` materialised (same DATA=)
 	@$(BIN)/recflow dev --data "$(DATA)"

@@ -1,15 +1,34 @@
 """What assets work with: the store and the logs, configured from the settings."""
 
+import sys
 from pathlib import Path
+from types import TracebackType
 
 import dagster as dg
 
 from recflow.adapters.artifact_store import ArtifactStore
+from recflow.core.errors import RecflowError
 from recflow.data.sources import open_source
 from recflow.data.sources.base import Source
 from recflow.settings import load_settings
 
-settings = load_settings()
+
+def _show_sentence(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if isinstance(error, RecflowError):
+        print(f"recflow: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+try:
+    settings = load_settings()
+except RecflowError:
+    # This ends the Dagster command that is loading recflow, whose user can mend the setting: the
+    # sentence helps, the stack does not.
+    sys.excepthook = _show_sentence
+    raise
 
 
 class StoreResource(dg.ConfigurableResource):

@@ -121,3 +121,21 @@ def test_unknown_run_config_key_is_refused_before_any_work(tmp_path: Path, logs:
     assert done.returncode != 0
     assert "rebuid" in done.stderr
     assert not place.store.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("WINDOW_DAYS", "-1", "RECFLOW_WINDOW_DAYS = '-1' is not allowed"),
+        ("WINDOWDAYS", "9", "unknown setting RECFLOW_WINDOWDAYS in the environment"),
+    ],
+)
+def test_bad_settings_end_in_one_sentence(
+    tmp_path: Path, logs: Path, setting: str, value: str, says: str
+) -> None:
+    place = deployment(tmp_path, logs, **{setting: value})
+    done = place.materialise('key:"raw/impressions"', DAY)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith(f"recflow: {says}")
+    assert "Traceback" not in done.stderr
+    assert not place.store.root.exists()

@@ -23,6 +23,7 @@ from recflow.adapters.keys import (
     TEST,
 )
 from recflow.adapters.models import weights_hash
+from recflow.adapters.parquet_io import total_counts
 from recflow.adapters.snapshots import Snapshot as StoredSnapshot
 from recflow.adapters.snapshots import load_snapshot
 from recflow.compression.measure import MeasurementConfig, measure
@@ -316,11 +317,7 @@ def _quarantine(store: ArtifactStore, window: Sequence[str]) -> dict[str, int]:
     """Quarantined rows by reason: every day's impressions, and the newest catalogue."""
     impressions = store.existing(CLEANED_IMPRESSIONS, window).values()
     catalogues = list(store.existing(CLEANED_ITEMS, window).values())
-    totals: dict[str, int] = {}
-    for artifact in [*impressions, *catalogues[-1:]]:
-        for reason, rows in cast("dict[str, int]", artifact.facts["quarantined_by_reason"]).items():
-            totals[reason] = totals.get(reason, 0) + rows
-    return totals
+    return total_counts([*impressions, *catalogues[-1:]], "quarantined_by_reason")
 
 
 def _epochs(model: Artifact) -> list[dict[str, float]]:

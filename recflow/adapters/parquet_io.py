@@ -57,6 +57,21 @@ def write_table(draft: Draft, table: Table) -> None:
         draft.facts["quarantined_by_reason"] = {**reasons_of(table.quarantine)}
 
 
+def row_count(artifact: Artifact) -> int:
+    """Rows of a stored table."""
+    return _int(artifact.facts["rows"])
+
+
+def total_counts(artifacts: Iterable[Artifact], fact: str) -> dict[str, int]:
+    """Add up a fact that holds counts by name, most frequent first."""
+    totals: dict[str, int] = {}
+    for artifact in artifacts:
+        counts = artifact.facts.get(fact)
+        for name, count in (counts if isinstance(counts, dict) else {}).items():
+            totals[name] = totals.get(name, 0) + _int(count)
+    return dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
+
+
 def build_days(
     store: ArtifactStore,
     key: str,
@@ -235,3 +250,8 @@ def _read_staged(folder: Path | None, contract: TableContract) -> pl.DataFrame:
         return contract.empty()
     frame = pl.read_parquet(folder / "*.parquet")
     return contract.conform(frame.lazy()).collect().sort(Columns.SOURCE_FILE, Columns.SOURCE_ROW)
+
+
+def _int(value: JsonValue) -> int:
+    assert isinstance(value, int)
+    return value

@@ -10,7 +10,7 @@ import polars as pl
 
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import validation_of
-from recflow.adapters.parquet_io import read_frame
+from recflow.adapters.parquet_io import ROWS, row_count
 from recflow.core.artifacts import Artifact, Draft
 from recflow.core.columns import TableContract
 from recflow.core.errors import ContractError
@@ -41,8 +41,8 @@ def validate_days(
     for day in pending:
 
         def write(draft: Draft, day: str = day) -> None:
-            rows = read_frame(tables[day]).height
-            _write(draft, table_key, day, replace(results[tables[day].digest], rows=rows))
+            result = replace(results[tables[day].digest], rows=row_count(tables[day]))
+            _write(draft, table_key, day, result)
 
         found[day] = store.build(
             validation_of(table_key),
@@ -95,7 +95,7 @@ def _validate(tables: Mapping[str, Artifact], contract: TableContract) -> dict[s
 
 
 def _scan(tables: Iterable[Artifact]) -> pl.LazyFrame:
-    return pl.concat([pl.scan_parquet(table.file("rows.parquet")) for table in tables])
+    return pl.concat([pl.scan_parquet(table.file(f"{ROWS}.parquet")) for table in tables])
 
 
 def _write(draft: Draft, table_key: str, day: str, validation: Validation) -> None:

@@ -1,14 +1,15 @@
 """What the stages share: partition keys, owners, and metadata people look at."""
 
 import base64
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from recflow.core.artifacts import Artifact, JsonValue
+from recflow.adapters.parquet_io import row_count
+from recflow.core.artifacts import Artifact
 from recflow.core.columns import Column, TableContract
 from recflow.data.split import Claim
 from recflow.defs.partitions import DAILY
@@ -174,21 +175,6 @@ def counts_table(title: str, counts: Mapping[str, int]) -> dg.MetadataValue:
     return dg.MetadataValue.md("\n".join(lines))
 
 
-def row_count(artifact: Artifact) -> int:
-    """Rows of a stored table."""
-    return _int(artifact.facts["rows"])
-
-
-def total_counts(artifacts: Iterable[Artifact], fact: str) -> dict[str, int]:
-    """Add up a fact that holds counts by name, most frequent first."""
-    totals: dict[str, int] = {}
-    for artifact in artifacts:
-        counts = artifact.facts.get(fact)
-        for name, count in (counts if isinstance(counts, dict) else {}).items():
-            totals[name] = totals.get(name, 0) + _int(count)
-    return dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
-
-
 def keys_of(specs: Sequence[str]) -> list[dg.AssetKey]:
     """Asset keys from their slash-separated names."""
     return [dg.AssetKey(name.split("/")) for name in specs]
@@ -206,11 +192,6 @@ def _table_column(column: Column) -> dg.TableColumn:
     return dg.TableColumn(
         column.name, str(column.dtype), description=column.description, constraints=constraints
     )
-
-
-def _int(value: JsonValue) -> int:
-    assert isinstance(value, int)
-    return value
 
 
 def _as_metadata(value: Any) -> dg.MetadataValue:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from recflow.adapters.keys import FINE_TUNED, ITEMS, PRUNED, QUANTIZED, TRAIN, VALIDATION
 from recflow.adapters.mlflow_tracking import MlflowTracker
+from recflow.adapters.parquet_io import row_count
 from recflow.core.artifacts import Artifact
 from recflow.defs.common import (
     OWNERS,
@@ -17,7 +18,6 @@ from recflow.defs.common import (
     curve_plot,
     daily_asset,
     keys_of,
-    row_count,
 )
 from recflow.defs.resources import BaseModelResource, StoreResource, settings
 from recflow.defs.tracking import run_metadata, tracker_of

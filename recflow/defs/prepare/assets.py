@@ -6,7 +6,7 @@ import dagster as dg
 import polars as pl
 
 from recflow.adapters.keys import CLEANED_IMPRESSIONS, CLEANED_ITEMS, RAW_IMPRESSIONS, RAW_ITEMS
-from recflow.adapters.parquet_io import QUARANTINED, Table, build_days, read_frame
+from recflow.adapters.parquet_io import QUARANTINED, Table, build_days, read_frame, total_counts
 from recflow.core.artifacts import Artifact
 from recflow.core.columns import IMPRESSIONS, ITEMS, Columns
 from recflow.data.clean import Cleaned, clean_impressions, clean_items
@@ -17,7 +17,6 @@ from recflow.defs.common import (
     daily_asset,
     days_result,
     keys_of,
-    total_counts,
 )
 from recflow.defs.partitions import ONE_RUN
 from recflow.defs.resources import StoreResource, settings

@@ -35,6 +35,7 @@ from recflow.modeling.batching import (
     items_in_use,
     local_rows,
 )
+from recflow.modeling.config import ObjectiveConfig
 from recflow.modeling.encoder import (
     WEIGHTS_NAME,
     LayerShape,
@@ -45,7 +46,7 @@ from recflow.modeling.encoder import (
 )
 from recflow.modeling.layout import read_ranker_config
 from recflow.modeling.memory import peak_rss_bytes
-from recflow.modeling.objectives import click_loss, mean_auc
+from recflow.modeling.objectives import mean_auc, per_click_losses
 from recflow.modeling.optimiser import Optimiser, deterministic
 from recflow.modeling.ranker import (
     Ranker,
@@ -69,6 +70,7 @@ from recflow.modeling.tracking import Progress, Tracker
 logger = logging.getLogger("recflow.training")
 
 _STEPS_BETWEEN_METRICS = 10
+_OBJECTIVE = ObjectiveConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +276,7 @@ def measure_importance(
     clicks = clicks[: config.importance_clicks]
     tokens = tokenizer(index.texts)
     kept = torch.from_numpy(vectors)
-    categories = torch.from_numpy(index.category_numbers(parts.categories))
+    features, users = parts.features(index), torch.from_numpy(parts.user_numbers(train))
     encoder.requires_grad_(True)
     with _recorded_importance(encoder) as importance:
         for start in range(0, len(clicks), config.importance_batch_size):
@@ -285,11 +287,13 @@ def measure_importance(
             encoded = _encode(encoder, [tokens[row] for row in rows[places]])
             mixed = kept[rows].index_copy(0, torch.from_numpy(places), encoded)
             scores = parts.user_model(
-                parts.user_model.describe_items(mixed, categories[rows]),
+                parts.user_model.describe_items(mixed, features[rows]),
                 local_rows(batch.history, rows),
                 local_rows(batch.candidates, rows),
+                users[batch.impressions],
             )
-            click_loss(scores, torch.from_numpy(batch.candidates >= 0)).backward()
+            present = torch.from_numpy(batch.candidates >= 0)
+            per_click_losses(_OBJECTIVE, scores, present).mean().backward()
     encoder.zero_grad(set_to_none=True)
     return importance
 

@@ -21,6 +21,7 @@ from recflow.core.errors import ConfigError, ContractError
 from recflow.modeling.encoder import TextEncoder
 from recflow.modeling.texts import Rows, length_buckets, pad_tokens, token_mask
 from recflow.modeling.user_model import UNKNOWN_CATEGORY
+from recflow.modeling.vocabulary import number_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,10 @@ class ItemIndex:
             [numbers.get(category, UNKNOWN_CATEGORY) for category in self._categories.to_list()],
             dtype=np.int64,
         )
+
+    def numbers(self, known_ids: list[str]) -> Rows:
+        """Number of each item: 1 + its place in ``known_ids``, 0 where it is not there."""
+        return number_ids(pl.Series(self.ids, dtype=pl.String), known_ids)
 
 
 @dataclass(frozen=True, slots=True)

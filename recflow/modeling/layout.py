@@ -9,7 +9,7 @@ from typing import Any
 from recflow.core.errors import ArtifactError
 
 CONFIG_NAME = "config.json"
-LAYOUT = 1
+LAYOUT = 2
 TORCH, ONNXRUNTIME = "torch", "onnxruntime"
 
 

@@ -2,7 +2,8 @@
 
 A ranker's directory holds the encoder (``model.safetensors`` or ``model.onnx``), the user model
 (``user_model.safetensors``), ``tokenizer.json``, and a ``config.json`` that says how to rebuild
-both and which runtime executes the encoder.
+both and which runtime executes the encoder. One that knows items or users by name also has a
+``vocabulary.json``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from recflow.core.columns import Columns
-from recflow.core.errors import ArtifactError
+from recflow.core.errors import ArtifactError, ConfigError
 from recflow.modeling.batching import ItemIndex, Ragged
 from recflow.modeling.encoder import (
     WEIGHTS_NAME,
@@ -51,7 +52,8 @@ from recflow.modeling.texts import (
     Vectors,
     encode_texts,
 )
-from recflow.modeling.user_model import ItemStates, UserModel, UserModelShape
+from recflow.modeling.user_model import ItemFeatures, ItemStates, UserModel, UserModelShape
+from recflow.modeling.vocabulary import load_vocabulary, number_ids, save_vocabulary
 
 USER_MODEL_NAME = "user_model.safetensors"
 
@@ -67,11 +69,27 @@ class RankerParts:
         user_model: The user model.
         categories: Categories known from training, in the order of their numbers.
         max_tokens: Longest text in tokens.
+        item_ids: Items with an embedding of their own, in the order of their numbers; empty where
+            there are none.
+        user_ids: The same for users.
     """
 
     user_model: UserModel
     categories: list[str]
     max_tokens: int
+    item_ids: list[str] = field(default_factory=list)
+    user_ids: list[str] = field(default_factory=list)
+
+    def features(self, items: ItemIndex) -> ItemFeatures:
+        """What the user model reads of each item beside its vector."""
+        return ItemFeatures(
+            categories=torch.from_numpy(items.category_numbers(self.categories)),
+            ids=torch.from_numpy(items.numbers(self.item_ids)),
+        )
+
+    def user_numbers(self, impressions: pl.DataFrame) -> Rows:
+        """Number of each impression's user, 0 where unknown."""
+        return number_ids(impressions[Columns.USER_ID], self.user_ids)
 
 
 class Ranker:
@@ -103,23 +121,25 @@ class Ranker:
 
 
 class ContentScorer:
-    """Scores impressions from texts, categories and click histories alone.
+    """Scores impressions from texts, categories and click histories, and from ids where it has any.
 
     Attributes:
         name: Name on the board.
-        board: The board of scorers that use no counters.
     """
-
-    board: Literal["content-only"] = "content-only"
 
     def __init__(self, name: str, ranker: Ranker, items: ItemIndex) -> None:
         """Prepare for a table of items."""
         self.name = name
         self._ranker, self._items = ranker, items
         self._model = ranker.parts.user_model
-        self._categories = items.category_numbers(ranker.parts.categories)
+        self._features = ranker.parts.features(items)
         self._vectors = np.zeros((len(items), ranker.dimension), dtype=np.float32)
         self._encoded = np.zeros(len(items), dtype=np.bool_)
+
+    @property
+    def board(self) -> Literal["content-only", "counter-aware"]:
+        """The board to compete on: an embedding of an item also learns how popular it is."""
+        return "counter-aware" if self._model.shape.knows_ids else "content-only"
 
     def score(self, impressions: pl.DataFrame) -> pl.Series:
         """Score of each candidate of each impression, ``List(Float64)``, in their order.
@@ -131,7 +151,11 @@ class ContentScorer:
         histories = self._histories(impressions)
         rows = np.unique(np.concatenate([slates.values, histories.values]))
         scores = score_slates(
-            self._model, self._states(rows), _renumber(histories, rows), _renumber(slates, rows)
+            self._model,
+            self._states(rows),
+            _renumber(histories, rows),
+            _renumber(slates, rows),
+            self._ranker.parts.user_numbers(impressions),
         )
         lists = pa.LargeListArray.from_arrays(slates.offsets, scores)
         return pl.Series(Columns.SCORES, lists, dtype=pl.List(pl.Float64))
@@ -148,9 +172,13 @@ class ContentScorer:
         states = self._states(rows)
         slate = torch.from_numpy(np.searchsorted(rows, catalogue))[None, :]
         padded = torch.from_numpy(_renumber(histories, rows).pad(right_aligned=True))
+        users = torch.from_numpy(self._ranker.parts.user_numbers(impressions))
         size = max(1, _MAX_SIMILARITIES // (slate.shape[1] * padded.shape[1]))
         with torch.inference_mode():
-            scores = [self._model(states, chunk, slate) for chunk in padded.split(size)]
+            scores = [
+                self._model(states, chunk, slate, some_users)
+                for chunk, some_users in zip(padded.split(size), users.split(size), strict=True)
+            ]
         return torch.cat(scores).numpy() if scores else np.zeros((0, len(catalogue)), np.float32)
 
     def _histories(self, impressions: pl.DataFrame) -> Ragged:
@@ -164,12 +192,16 @@ class ContentScorer:
             self._encoded[missing] = True
         with torch.inference_mode():
             return self._model.describe_items(
-                torch.from_numpy(self._vectors[rows]), torch.from_numpy(self._categories[rows])
+                torch.from_numpy(self._vectors[rows]), self._features[rows]
             )
 
 
 def score_slates(
-    model: UserModel, states: ItemStates, histories: Ragged, slates: Ragged
+    model: UserModel,
+    states: ItemStates,
+    histories: Ragged,
+    slates: Ragged,
+    users: Rows | None = None,
 ) -> NDArray[np.float64]:
     """Scores of all candidates, end to end.
 
@@ -181,7 +213,9 @@ def score_slates(
         states: The items that ``histories`` and ``slates`` number.
         histories: Clicks of each impression, oldest first.
         slates: Candidates of each impression.
+        users: Number of each impression's user, 0 for unknown; None where nobody is known.
     """
+    device = states.appeal.device
     scores = np.empty(len(slates.values), dtype=np.float64)
     longest = int(histories.lengths.max(initial=1))
     order = np.argsort(slates.lengths, kind="stable")
@@ -189,9 +223,14 @@ def score_slates(
         for chunk in _chunks(order, slates.lengths, max(longest, 1)):
             history = torch.from_numpy(histories.take(chunk).pad(right_aligned=True))
             candidates = slates.take(chunk).pad()
-            result = model(states, history, torch.from_numpy(candidates)).numpy()
+            result = model(
+                states,
+                history.to(device),
+                torch.from_numpy(candidates).to(device),
+                None if users is None else torch.from_numpy(users[chunk]).to(device),
+            ).cpu()
             positions = Ragged(np.arange(len(scores)), slates.offsets).take(chunk).values
-            scores[positions] = result[candidates >= 0]
+            scores[positions] = result.numpy()[candidates >= 0]
     return scores
 
 
@@ -265,14 +304,16 @@ def save_parts(
         runtime: Keys of ``config.json`` that say how the encoder is executed.
         encoder_parameters: Weights of the encoder.
     """
-    state = parts.user_model.state_dict()
+    shape, state = parts.user_model.shape, parts.user_model.state_dict()
     save_file({k: v.detach().contiguous() for k, v in state.items()}, output / USER_MODEL_NAME)
     shutil.copyfile(tokenizer_path, output / TOKENIZER_NAME)
+    if shape.knows_ids:
+        save_vocabulary(output, item_ids=parts.item_ids, user_ids=parts.user_ids)
     config = {
         "layout": LAYOUT,
         "max_tokens": parts.max_tokens,
         "categories": parts.categories,
-        "user_model": asdict(parts.user_model.shape),
+        "user_model": asdict(shape),
         "parameters": encoder_parameters + count_parameters(parts.user_model),
         **runtime,
     }
@@ -321,13 +362,18 @@ def load_parts(path: Path, config: Mapping[str, Any]) -> RankerParts:
         ArtifactError: The description or the weights do not fit.
     """
     try:
-        model = UserModel(UserModelShape(**config["user_model"]))
+        shape = UserModelShape(**config["user_model"])
+        model = UserModel(shape)
         categories = [str(category) for category in config["categories"]]
         max_tokens = int(config["max_tokens"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise ArtifactError(f"{path / CONFIG_NAME} cannot be used: {error!r}") from error
     load_weights(model, path / USER_MODEL_NAME)
-    return RankerParts(model.eval(), categories, max_tokens)
+    parts = RankerParts(model.eval(), categories, max_tokens)
+    if not shape.knows_ids:
+        return parts
+    item_ids, user_ids = load_vocabulary(path, items=shape.items, users=shape.users)
+    return replace(parts, item_ids=item_ids, user_ids=user_ids)
 
 
 def count_parameters(module: torch.nn.Module) -> int:

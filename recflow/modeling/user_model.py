@@ -1,12 +1,11 @@
-"""The user model: how well a candidate fits what a user clicked, by late fusion.
+"""The user model: how well a candidate fits what a user clicked.
 
-A user is the list of clicked items, not one vector: each candidate is compared with every item of
-the history, and the similarities are summarised – their mean, maximum, mean of the largest, the
-newest, and two attentive means (by similarity, by age). The summaries of two channels, the text
-and the category, feed a small network. An *appeal* term judges the item alone; it is all that a
-user without history gets, so cold users still receive a ranking made from content.
-
-Nothing here is tied to an identifier: items and users unseen in training are scored like others.
+A score has up to three terms. The *appeal* judges the item alone; it is what a user without
+history gets, so cold users still receive a ranking made from content. The *fit* compares the item
+with the clicks: by late fusion (:mod:`recflow.modeling.late_fusion`) or through one vector of the
+user (:mod:`recflow.modeling.user_vector`). Where asked for, *identity* adds embeddings of known
+items and users (:mod:`recflow.modeling.identity`); without it nothing is tied to an identifier, and
+items and users unseen in training are scored like others.
 """
 
 from __future__ import annotations
@@ -17,9 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_TEXT, _CATEGORY = 0, 1
-_SUMMARIES = 6  # of each channel, see _summarise
-_HIDDEN_SCORE = -1e4  # finite, so that a fully hidden row has no NaN gradient
+from recflow.core.errors import ConfigError
+from recflow.modeling.config import FUSIONS, USER_MODELS, UserModelConfig
+from recflow.modeling.identity import IdentityModel, IdStates
+from recflow.modeling.late_fusion import LateFusion, small_network
+from recflow.modeling.texts import Rows
+from recflow.modeling.user_vector import (
+    AttentivePooling,
+    MeanPooling,
+    MultiHeadPooling,
+    UserVector,
+)
 
 UNKNOWN_CATEGORY = 0
 
@@ -31,23 +38,89 @@ class UserModelShape:
     Attributes:
         dimension: Width of the item vectors.
         categories: Known categories, the unknown one not counted; 0 leaves categories out.
-        category_dimension: Width of the category vectors.
         history_length: Newest clicks that are used, in training and in scoring alike.
-        top_k: How many of the largest similarities are averaged.
-        width: Hidden width of the two small networks.
+        kind: One of ``recflow.modeling.config.USER_MODELS``.
+        fusion: One of ``recflow.modeling.config.FUSIONS``; for late fusion.
+        top_k: How many of the largest similarities late fusion averages.
+        heads: Heads of ``multi_head``.
+        items: Known items; 0 leaves their embeddings out.
+        users: Known users; 0 leaves their embeddings out.
+        id_dimension: Width of these embeddings.
+        category_dimension: Width of the category vectors.
+        width: Hidden width of the small networks.
     """
 
     dimension: int
     categories: int
     history_length: int
-    category_dimension: int = 16
+    kind: str = "late_fusion"
+    fusion: str = "learned"
     top_k: int = 5
+    heads: int = 8
+    items: int = 0
+    users: int = 0
+    id_dimension: int = 32
+    category_dimension: int = 16
     width: int = 32
 
+    @classmethod
+    def of(
+        cls, config: UserModelConfig, *, dimension: int, categories: int, items: int, users: int
+    ) -> UserModelShape:
+        """Sizes for a configuration and data; what the configuration leaves out has size 0.
+
+        Args:
+            config: How clicks become scores.
+            dimension: Width of the item vectors.
+            categories: Categories of train.
+            items: Items of train.
+            users: Users of train.
+        """
+        return cls(
+            dimension=dimension,
+            categories=categories if config.categories else 0,
+            history_length=config.history_length,
+            kind=config.kind,
+            fusion=config.fusion,
+            top_k=config.top_k,
+            heads=config.heads,
+            items=items if config.item_ids else 0,
+            users=users if config.user_ids else 0,
+            id_dimension=config.id_dimension,
+        )
+
     @property
-    def channels(self) -> int:
-        """Text, and category where there are any."""
-        return 2 if self.categories else 1
+    def channels(self) -> tuple[int, ...]:
+        """Width of each channel: text, and category where there are any."""
+        if not self.categories:
+            return (self.dimension,)
+        return (self.dimension, self.category_dimension)
+
+    @property
+    def knows_ids(self) -> bool:
+        """Whether a score depends on who the item or the user is."""
+        return self.items > 0 or self.users > 0
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFeatures:
+    """What is known of each item beside its vector.
+
+    Attributes:
+        categories: Number of each item's category, 0 for unknown, ``[items]`` int64.
+        ids: Number of each known item, 0 for unknown, ``[items]`` int64.
+    """
+
+    categories: Tensor
+    ids: Tensor
+
+    def __getitem__(self, rows: Tensor | Rows) -> ItemFeatures:
+        """The features of some items, in that order."""
+        return ItemFeatures(self.categories[rows], self.ids[rows])
+
+    def to(self, device: torch.device) -> ItemFeatures:
+        """The same on a device."""
+        return ItemFeatures(self.categories.to(device), self.ids.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +130,20 @@ class ItemStates:
     Attributes:
         channels: Unit vectors of each channel, ``[items, width of the channel]``.
         appeal: Score of the item alone, ``[items]``.
+        identity: What identity adds; None where it is left out.
     """
 
     channels: tuple[Tensor, ...]
     appeal: Tensor
+    identity: IdStates | None = None
 
     def __getitem__(self, rows: Tensor) -> ItemStates:
         """The states of some items, in that order."""
-        return ItemStates(tuple(channel[rows] for channel in self.channels), self.appeal[rows])
+        return ItemStates(
+            tuple(channel[rows] for channel in self.channels),
+            self.appeal[rows],
+            None if self.identity is None else self.identity[rows],
+        )
 
 
 class UserModel(nn.Module):
@@ -77,47 +156,59 @@ class UserModel(nn.Module):
     """
 
     centre: Tensor
-    feature_mean: Tensor
-    feature_scale: Tensor
 
     def __init__(self, shape: UserModelShape, *, dropout: float = 0.0) -> None:
         """Build with fresh weights; the text projection starts as the identity."""
         super().__init__()
         self.shape = shape
-        features = _SUMMARIES * shape.channels
         self.register_buffer("centre", torch.zeros(shape.dimension))
-        self.register_buffer("feature_mean", torch.zeros(features))
-        self.register_buffer("feature_scale", torch.ones(features))
         self.projection = nn.Linear(shape.dimension, shape.dimension, bias=False)
-        self.sharpness = nn.Parameter(torch.full((shape.channels,), 10.0))
-        self.age = nn.Parameter(torch.zeros(shape.channels, shape.history_length))
-        self.linear = nn.Linear(features, 1)
-        self.network = _small_network(features, shape.width)
         self.appeal = nn.Sequential(
-            nn.Dropout(dropout), *_small_network(shape.dimension, shape.width)
+            nn.Dropout(dropout), *small_network(shape.dimension, shape.width)
         )
+        self.fit = _fit(shape, dropout)
         if shape.categories:
             self.category = nn.Embedding(shape.categories + 1, shape.category_dimension)
             self.category_appeal = nn.Embedding(shape.categories + 1, 1)
             nn.init.zeros_(self.category_appeal.weight)
+        self.identity: IdentityModel | None = None
+        if shape.knows_ids:
+            self.identity = IdentityModel(
+                items=shape.items,
+                users=shape.users,
+                text_dimension=shape.dimension,
+                dimension=shape.id_dimension,
+                history_length=shape.history_length,
+                dropout=dropout,
+            )
         nn.init.eye_(self.projection.weight)
-        nn.init.constant_(self.linear.weight, 0.05)
 
-    def describe_items(self, vectors: Tensor, categories: Tensor) -> ItemStates:
+    def describe_items(self, vectors: Tensor, features: ItemFeatures) -> ItemStates:
         """Prepare items for scoring.
 
         Args:
             vectors: Unit vectors, ``[items, dimension]``.
-            categories: Category numbers, 0 for unknown, ``[items]``.
+            features: The rest that is known of them.
         """
-        text = functional.normalize(self.projection(vectors - self.centre), dim=-1)
-        appeal = self.appeal(text).squeeze(-1)
-        if not self.shape.categories:
-            return ItemStates((text,), appeal)
-        category = functional.normalize(self.category(categories), dim=-1)
-        return ItemStates((text, category), appeal + self.category_appeal(categories).squeeze(-1))
+        centred = vectors - self.centre
+        text = functional.normalize(self.projection(centred), dim=-1)
+        channels, appeal = (text,), self.appeal(text).squeeze(-1)
+        if self.shape.categories:
+            category = functional.normalize(self.category(features.categories), dim=-1)
+            channels = (text, category)
+            appeal = appeal + self.category_appeal(features.categories).squeeze(-1)
+        identity = None
+        if self.identity is not None:
+            identity = self.identity.describe_items(text, features.ids)
+        return ItemStates(channels, appeal, identity)
 
-    def forward(self, items: ItemStates, history: Tensor, candidates: Tensor) -> Tensor:
+    def forward(
+        self,
+        items: ItemStates,
+        history: Tensor,
+        candidates: Tensor,
+        users: Tensor | None = None,
+    ) -> Tensor:
         """Score candidates.
 
         Args:
@@ -126,74 +217,55 @@ class UserModel(nn.Module):
                 ``[users, clicks]``; at most ``history_length`` clicks.
             candidates: Row of each candidate, ``[users, slate]``, or ``[1, slate]`` for one slate
                 that all users share; -1 where there is none (its score has no meaning).
+            users: Number of each user, 0 for unknown, ``[users]``; None where nobody is known or
+                users have no embeddings.
 
         Returns:
             Scores ``[users, slate]``, comparable within a row.
         """
-        features = self.features(items, history, candidates)
-        scaled = (features - self.feature_mean) / self.feature_scale
-        fit = (self.linear(scaled) + self.network(scaled)).squeeze(-1)
-        warm = (history >= 0).any(dim=1, keepdim=True)
-        return items.appeal[candidates.clamp(min=0)] + fit * warm
-
-    def features(self, items: ItemStates, history: Tensor, candidates: Tensor) -> Tensor:
-        """Summaries of the similarities, ``[users, slate, features]``, before they are scaled.
-
-        The arguments are those of :meth:`forward`.
-        """
-        seen = history >= 0
-        clicks, slate = history.clamp(min=0), candidates.clamp(min=0)
-        summaries: list[Tensor] = []
-        for channel, vectors in enumerate(items.channels):
-            similarity = _similarities(vectors, clicks, slate)
-            summaries += self._summarise(similarity, seen, channel)
-        return torch.stack(summaries, dim=-1)
-
-    def _summarise(self, similarity: Tensor, seen: Tensor, channel: int) -> list[Tensor]:
-        """Six summaries ``[users, slate]`` of similarities ``[users, slate, clicks]``."""
-        clicks = similarity.shape[-1]
-        visible = seen[:, None, :]
-        known = similarity * visible
-        count = seen.sum(dim=1).clamp(min=1)[:, None]
-        largest = similarity.masked_fill(~visible, -1.0)
-        top = largest.topk(min(self.shape.top_k, clicks), dim=-1).values
-        ranks = torch.arange(top.shape[-1], device=top.device)
-        kept = top * (ranks < count[..., None])
-        by_similarity = similarity * self.sharpness[channel]
-        by_age = self.age[channel, -clicks:].expand_as(similarity)
-        return [
-            known.sum(-1) / count,
-            top[..., 0],
-            kept.sum(-1) / count.clamp(max=top.shape[-1]),
-            known[..., -1],
-            (_attention(by_similarity, visible) * known).sum(-1),
-            (_attention(by_age, visible) * known).sum(-1),
-        ]
+        slate = candidates.clamp(min=0)
+        scores = items.appeal[slate] + self.fit(items.channels, history, slate)
+        if self.identity is None or items.identity is None:
+            return scores
+        return scores + self.identity(items.identity, history, slate, users)
 
 
 def fit_feature_scale(
     model: UserModel, items: ItemStates, history: Tensor, candidates: Tensor
 ) -> None:
-    """Set the scale of the features from a sample of training impressions with a history."""
-    with torch.no_grad():
-        features = model.features(items, history, candidates)
-        known = (candidates >= 0) & (history >= 0).any(dim=1, keepdim=True)
-        if not known.any():
-            return
-        model.feature_mean.copy_(features[known].mean(0))
-        model.feature_scale.copy_(features[known].std(0, correction=0).clamp(min=1e-3))
+    """Set the scale of late fusion's features from a sample of training impressions.
+
+    Users without history and padding do not count; other kinds of user model have no such scale.
+    """
+    known = (candidates >= 0) & (history >= 0).any(dim=1, keepdim=True)
+    if isinstance(model.fit, LateFusion) and known.any():
+        with torch.no_grad():
+            model.fit.fit_scale(items.channels, history, candidates.clamp(min=0), known)
 
 
-def _small_network(inputs: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, 1))
+def _fit(shape: UserModelShape, dropout: float) -> LateFusion | UserVector:
+    """The part that compares candidates with clicks.
 
-
-def _similarities(vectors: Tensor, clicks: Tensor, slate: Tensor) -> Tensor:
-    """Inner products ``[users, slate, clicks]``; a shared slate is not copied for each user."""
-    if len(slate) == 1:
-        return (vectors[clicks] @ vectors[slate[0]].T).transpose(1, 2)
-    return vectors[slate] @ vectors[clicks].transpose(1, 2)
-
-
-def _attention(logits: Tensor, visible: Tensor) -> Tensor:
-    return logits.masked_fill(~visible, _HIDDEN_SCORE).softmax(dim=-1)
+    Raises:
+        ConfigError: The kind or the fusion is unknown.
+    """
+    if shape.fusion not in FUSIONS:
+        raise ConfigError.of("fusion", shape.fusion, ", ".join(FUSIONS))
+    if shape.kind == "late_fusion":
+        return LateFusion(
+            fusion=shape.fusion,
+            channels=len(shape.channels),
+            history_length=shape.history_length,
+            top_k=shape.top_k,
+            width=shape.width,
+        )
+    width = sum(shape.channels)
+    if shape.kind == "mean":
+        pooling = MeanPooling()
+    elif shape.kind == "attentive":
+        pooling = AttentivePooling(width, shape.width)
+    elif shape.kind == "multi_head":
+        pooling = MultiHeadPooling(width, shape.heads, shape.width)
+    else:
+        raise ConfigError.of("kind", shape.kind, ", ".join(USER_MODELS))
+    return UserVector(pooling, width=width, dropout=dropout)

@@ -1,0 +1,115 @@
+"""One vector of a user, made of the clicks; a candidate's score is an inner product with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from recflow.modeling.late_fusion import attention
+
+_START_SCALE = 10.0  # inner products of centred unit vectors are about a tenth
+_SPREAD = 0.02
+
+
+class UserVector(nn.Module):
+    """Scores by the inner product of a candidate with a vector made of the clicks.
+
+    A user without clicks gets a learned default vector.
+    """
+
+    def __init__(self, pooling: nn.Module, *, width: int, dropout: float) -> None:
+        """Build with fresh weights.
+
+        Args:
+            pooling: Makes vectors ``[users, width]`` of clicks ``[users, clicks, width]`` and of
+                which of them exist, ``[users, clicks]``.
+            width: Width of the item vectors, all channels together.
+            dropout: Dropout of the users' vectors.
+        """
+        super().__init__()
+        self.pooling = pooling
+        self.default = nn.Parameter(torch.zeros(width))
+        self.scale = nn.Parameter(torch.tensor(_START_SCALE))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, channels: tuple[Tensor, ...], history: Tensor, candidates: Tensor) -> Tensor:
+        """Scores ``[users, slate]``.
+
+        Args:
+            channels: Unit vectors of each channel, ``[items, width of the channel]``.
+            history: Row of each click, newest last, -1 before the oldest, ``[users, clicks]``.
+            candidates: Row of each candidate, ``[users, slate]`` or ``[1, slate]``.
+        """
+        vectors = torch.cat(channels, dim=-1)
+        seen = history >= 0
+        users = self.pooling(vectors[history.clamp(min=0)], seen)
+        users = torch.where(seen.any(dim=1, keepdim=True), users, self.default)
+        return self.scale * inner_products(self.dropout(users), vectors, candidates)
+
+
+class MeanPooling(nn.Module):
+    """The mean of the clicks."""
+
+    def forward(self, clicks: Tensor, seen: Tensor) -> Tensor:
+        """``[users, clicks, width]`` to ``[users, width]``; 0 where there is no click."""
+        total = (clicks * seen[..., None]).sum(dim=1)
+        return total / seen.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+class AttentivePooling(nn.Module):
+    """Additive attention (Wu et al. 2019, NAML, https://arxiv.org/abs/1907.05576)."""
+
+    def __init__(self, width: int, attention_width: int) -> None:
+        """Build with weights under which all clicks count nearly the same."""
+        super().__init__()
+        self.hidden = nn.Linear(width, attention_width)
+        self.query = nn.Linear(attention_width, 1, bias=False)
+        nn.init.normal_(self.query.weight, std=_SPREAD)
+
+    def forward(self, clicks: Tensor, seen: Tensor) -> Tensor:
+        """``[users, clicks, width]`` to ``[users, width]``; 0 where there is no click."""
+        weights = attention(self.query(self.hidden(clicks).tanh()).squeeze(-1), seen) * seen
+        return (clicks * weights[..., None]).sum(dim=1)
+
+
+class MultiHeadPooling(nn.Module):
+    """Self-attention between the clicks, then additive attention, as in NRMS.
+
+    Source: Wu et al. 2019, https://aclanthology.org/D19-1671. Unlike there, the clicks are added to
+    what attention makes of them, so that training starts from the similarities of the encoder.
+    """
+
+    def __init__(self, width: int, heads: int, attention_width: int) -> None:
+        """Build with weights under which self-attention adds little."""
+        super().__init__()
+        self._heads = heads
+        inner = heads * -(-width // heads)
+        self.queries_keys_values = nn.Linear(width, 3 * inner)
+        self.output = nn.Linear(inner, width)
+        nn.init.normal_(self.output.weight, std=_SPREAD)
+        nn.init.zeros_(self.output.bias)
+        self.summary = AttentivePooling(width, attention_width)
+
+    def forward(self, clicks: Tensor, seen: Tensor) -> Tensor:
+        """``[users, clicks, width]`` to ``[users, width]``; 0 where there is no click."""
+        queries, keys, values = (
+            self.queries_keys_values(clicks)
+            .unflatten(-1, (3, self._heads, -1))
+            .permute(2, 0, 3, 1, 4)  # [3, users, heads, clicks, head]
+        )
+        similarity = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
+        mixed = attention(similarity, seen[:, None, None, :]) @ values
+        return self.summary(clicks + self.output(mixed.transpose(1, 2).flatten(2)), seen)
+
+
+def inner_products(users: Tensor, vectors: Tensor, candidates: Tensor) -> Tensor:
+    """Inner products ``[users, slate]`` of users ``[users, width]`` with their candidates.
+
+    Args:
+        users: A vector a user.
+        vectors: A vector an item.
+        candidates: Rows of ``vectors``, ``[users, slate]``, or ``[1, slate]`` for all users.
+    """
+    if len(candidates) == 1:
+        return users @ vectors[candidates[0]].T
+    return (vectors[candidates] @ users[..., None]).squeeze(-1)

@@ -27,10 +27,9 @@ from torch.utils.hooks import RemovableHandle
 from recflow.core.columns import Columns
 from recflow.core.errors import ConfigError
 from recflow.core.seeding import make_rng
+from recflow.modeling.architectures import Bert, LayerShape
 from recflow.modeling.batching import (
     ItemIndex,
-    click_batch,
-    draw_clicks,
     index_impressions,
     items_in_use,
     local_rows,
@@ -38,16 +37,14 @@ from recflow.modeling.batching import (
 from recflow.modeling.config import ObjectiveConfig
 from recflow.modeling.encoder import (
     WEIGHTS_NAME,
-    LayerShape,
     TextEncoder,
     TorchRuntime,
     mixed_precision,
-    resize_layer,
 )
 from recflow.modeling.layout import read_ranker_config
 from recflow.modeling.memory import peak_rss_bytes
 from recflow.modeling.objectives import mean_auc, per_click_losses
-from recflow.modeling.optimiser import Optimiser, deterministic
+from recflow.modeling.optimiser import Optimiser, ParameterGroup, deterministic
 from recflow.modeling.ranker import (
     Ranker,
     RankerParts,
@@ -56,6 +53,7 @@ from recflow.modeling.ranker import (
     load_parts,
     save_ranker,
 )
+from recflow.modeling.sampling import click_batch, draw_clicks
 from recflow.modeling.texts import (
     TOKENIZER_NAME,
     Rows,
@@ -187,6 +185,7 @@ def prune_ranker(
 
     Raises:
         ArtifactError: The parent is not a complete PyTorch ranker.
+        ConfigError: Its encoder has other layers than BERT's, or adapters.
         ContractError: An impression names an unknown item, or has nothing to learn from.
         PermanentError: A loss or gradient is not a number.
     """
@@ -197,6 +196,7 @@ def prune_ranker(
     tokenizer = TextTokenizer(parent / TOKENIZER_NAME, parts.max_tokens)
     with deterministic(config.seed, config.threads):
         teacher = load_encoder(parent, described)
+        prunable_layers(teacher)
         index = items_in_use(items, [train], parts.user_model.shape.history_length)
         targets = encode_texts(TorchRuntime(teacher, None), tokenizer, index.texts)
 
@@ -219,8 +219,8 @@ def prune_ranker(
         )
     tracker.log_metrics({"validation_auc": auc, "cosine": after}, step=config.recovery_steps)
     return PruningReport(
-        heads=tuple(shape.heads for shape in student.shapes),
-        channels=tuple(shape.channels for shape in student.shapes),
+        heads=tuple(shape.heads for shape in prunable_layers(student).shapes),
+        channels=tuple(shape.channels for shape in prunable_layers(student).shapes),
         parent_parameters=count_parameters(teacher),
         parameters=count_parameters(student),
         parent_bytes=(parent / WEIGHTS_NAME).stat().st_size,
@@ -233,6 +233,21 @@ def prune_ranker(
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def prunable_layers(encoder: TextEncoder) -> Bert:
+    """The architecture of an encoder whose heads and channels can be removed.
+
+    Raises:
+        ConfigError: It has other layers than BERT's, or adapters behind them.
+    """
+    if not isinstance(encoder.architecture, Bert):
+        raise ConfigError.of(
+            "encoder to prune", encoder.config.model_type, "a model with the layers of BERT"
+        )
+    if encoder.adapters:
+        raise ConfigError.of("strategy of the encoder to prune", "adapters", "any other strategy")
+    return encoder.architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +287,13 @@ def measure_importance(
     data = index_impressions(train, index, parts.user_model.shape.history_length)
     data.require_contrasts("training")
     rng = make_rng(config.seed, "importance")
-    clicks = draw_clicks(data, clicks_per_impression=1, max_impressions=len(data), rng=rng)
+    clicks = draw_clicks(
+        data,
+        data.contrasting_clicks,
+        clicks_per_impression=1,
+        max_impressions=len(data),
+        rng=rng,
+    )
     clicks = clicks[: config.importance_clicks]
     tokens = tokenizer(index.texts)
     kept = torch.from_numpy(vectors)
@@ -303,7 +324,7 @@ def _recorded_importance(encoder: TextEncoder) -> Generator[list[LayerImportance
     """Add up |activation × gradient| of every head and channel over the backward passes inside."""
     importance = [
         LayerImportance(torch.zeros(shape.heads), torch.zeros(shape.channels))
-        for shape in encoder.shapes
+        for shape in prunable_layers(encoder).shapes
     ]
     hooks: list[RemovableHandle] = []
     for layer, total in zip(encoder.layers, importance, strict=True):
@@ -355,7 +376,7 @@ def _most_important(importance: Tensor, removed_share: float) -> Tensor:
 def prune_layer(encoder: TextEncoder, index: int, kept: KeptParts) -> None:
     """Rebuild one layer with the kept heads and channels only."""
     layer = cast("Any", encoder.layers[index])
-    size = encoder.head_size
+    size = prunable_layers(encoder).head_size
     inner = (kept.heads[:, None] * size + torch.arange(size)).flatten()
     attention = layer.attention
     old = {
@@ -369,7 +390,8 @@ def prune_layer(encoder: TextEncoder, index: int, kept: KeptParts) -> None:
             ("output", layer.output.dense),
         )
     }
-    resize_layer(encoder, index, LayerShape(heads=len(kept.heads), channels=len(kept.channels)))
+    shape = LayerShape(heads=len(kept.heads), channels=len(kept.channels))
+    prunable_layers(encoder).resize(index, shape)
     for name in ("query", "key", "value"):
         _copy_rows(old[name], getattr(attention.self, name), inner)
     _copy_columns(old["attention_output"], attention.output.dense, inner)
@@ -402,7 +424,7 @@ def _recover(
     student.requires_grad_(False)
     student.layers.requires_grad_(True)  # the embeddings were not touched
     optimiser = Optimiser(
-        [(student.layers.parameters(), config.learning_rate)],
+        [ParameterGroup(student.layers.parameters(), config.learning_rate)],
         steps=config.recovery_steps,
         warmup_share=0.1,
         weight_decay=config.weight_decay,

@@ -1,17 +1,20 @@
-"""The text encoder: a BERT-family transformer, mean pooling, unit length.
+"""The text encoder: a Hugging Face transformer, pooling, unit length.
 
 The transformer is driven layer by layer, so that the hidden states below the lowest trainable
-layer can be computed once and kept (:mod:`recflow.modeling.batching`), and so that layers whose
-heads and feed-forward channels were removed run through the same code.
+layer can be computed once and kept, and so that layers whose heads and feed-forward channels were
+removed run through the same code. What recflow adds to the transformer (learnt pooling, bottleneck
+adapters) is its submodule ``recflow``: one file holds all weights, and those of the pretrained
+model keep their Hugging Face names.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,62 +23,75 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from recflow.core.errors import ArtifactError, ConfigError
+from recflow.modeling.architectures import (
+    Architecture,
+    Bert,
+    LayerArguments,
+    LayerShape,
+    find_architecture,
+)
 from recflow.modeling.layout import CONFIG_NAME
+from recflow.modeling.pooling import BottleneckAdapter, build_pooling, resolve_pooling
 from recflow.modeling.texts import TOKENIZER_NAME, TextTokenizer, Vectors, pad_tokens
 
 WEIGHTS_NAME = "model.safetensors"
+SHARDS_NAME = "model.safetensors.index.json"
 
-# Embedding tables are often padded to a multiple of this for faster matrix products.
+ADDITIONS = "recflow"
+"""Submodule of the transformer with everything that is not of the pretrained model."""
+
+# Embedding tables are padded to a multiple of 128 for faster matrix products, and some models
+# reserve rows for special tokens to come, up to 0.3 % of the table (Qwen2.5, Qwen3).
 _VOCABULARY_PADDING = 128
+_RESERVED_SHARE = 0.005
 _POOLER = "pooler."
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """Size of one transformer layer that may have been pruned.
-
-    Attributes:
-        heads: Attention heads left.
-        channels: Feed-forward channels left.
-    """
-
-    heads: int
-    channels: int
 
 
 class TextEncoder(nn.Module):
     """Token ids to unit vectors.
 
     Attributes:
-        transformer: The Hugging Face model, without pooler.
+        transformer: The Hugging Face model, without pooler; holds all weights.
+        architecture: Drives it.
+        pooling: Name of the pooling.
     """
 
-    def __init__(self, transformer: nn.Module) -> None:
-        """Wrap a transformer that has ``embeddings`` and ``encoder.layer``.
+    def __init__(self, transformer: nn.Module, pooling: str = "auto") -> None:
+        """Wrap a transformer; learnt pooling starts out as the mean.
 
         Raises:
-            ConfigError: The architecture is another one.
+            ConfigError: The architecture is not supported, or the pooling does not fit it.
         """
         super().__init__()
+        config: Any = transformer.config
+        self.architecture: Architecture = find_architecture(config.model_type)(transformer)
+        self.pooling = resolve_pooling(pooling, causal=self.architecture.causal)
         self.transformer = transformer
-        layers = getattr(getattr(transformer, "encoder", None), "layer", None)
-        if not isinstance(layers, nn.ModuleList) or not hasattr(layers[0], "attention"):
-            raise ConfigError.of(
-                "encoder architecture",
-                type(transformer).__name__,
-                "BERT-family models with embeddings and encoder.layer (BERT, RoBERTa, …)",
-            )
-        self.layers = layers
+        learnt_pooling = build_pooling(self.pooling, int(config.hidden_size))
+        additions = nn.ModuleDict({"pooling": learnt_pooling, "adapters": nn.ModuleDict()})
+        transformer.add_module(ADDITIONS, additions)
+        self._checkpointing = False
 
     @property
     def config(self) -> Any:
         """The Hugging Face configuration."""
         return self.transformer.config
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer layers, lowest first."""
+        return self.architecture.layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     @property
     def dimension(self) -> int:
@@ -85,58 +101,97 @@ class TextEncoder(nn.Module):
     @property
     def longest_text(self) -> int:
         """Most tokens the encoder has positions for."""
-        embeddings: Any = cast("Any", self.transformer).embeddings
-        # RoBERTa's positions begin behind the padding index; BERT's embeddings have no such index.
-        first_position = getattr(embeddings, "padding_idx", -1) + 1
-        return int(self.config.max_position_embeddings) - first_position
+        return self.architecture.longest_text
 
     @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return int(self.config.hidden_size) // int(self.config.num_attention_heads)
+    def adapters(self) -> nn.ModuleDict:
+        """Bottleneck adapters by the number of the layer they follow, as text."""
+        return cast("nn.ModuleDict", self.transformer.get_submodule(f"{ADDITIONS}.adapters"))
 
     @property
-    def shapes(self) -> list[LayerShape]:
-        """Size of each layer."""
-        return [
-            LayerShape(
-                heads=layer.attention.self.query.out_features // self.head_size,
-                channels=layer.intermediate.dense.out_features,
-            )
-            for layer in self._blocks()
-        ]
+    def learnt_pooling(self) -> nn.Module:
+        """The pooling; it has weights where :attr:`pooling` is ``attention``."""
+        return self.transformer.get_submodule(f"{ADDITIONS}.pooling")
 
-    def _blocks(self) -> list[Any]:
-        return cast("list[Any]", list(self.layers))
+    def add_adapters(self, first_layer: int, width: int) -> None:
+        """Put a bottleneck adapter behind each layer from ``first_layer`` on."""
+        for number in range(first_layer, len(self.layers)):
+            adapter = BottleneckAdapter(self.dimension, width)
+            self.adapters[str(number)] = adapter.to(self.device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embedding output ``[texts, tokens, dimension]`` of token ids ``[texts, tokens]``."""
-        return cast("Any", self.transformer).embeddings(input_ids=ids)
+        return self.architecture.embed(ids)
 
     def run_layers(self, hidden: Tensor, mask: Tensor, start: int, stop: int) -> Tensor:
         """Run layers ``start`` to ``stop - 1``.
 
         Args:
             hidden: Input of layer ``start``, ``[texts, tokens, dimension]``.
-            mask: True where there is a token, ``[texts, tokens]``.
+            mask: True where there is a token, ``[texts, tokens]``; padding is on the right.
             start: First layer.
             stop: One past the last layer.
         """
-        visible = mask[:, None, None, :]
-        for layer in self._blocks()[start:stop]:
-            hidden = layer(hidden, visible)
+        arguments = self.architecture.layer_arguments(hidden, mask)
+        for number in range(start, stop):
+            if self._checkpointing and torch.is_grad_enabled():
+                hidden = cast(
+                    "Tensor",
+                    checkpoint(
+                        self._run_layer, number, hidden, arguments[number], use_reentrant=False
+                    ),
+                )
+            else:
+                hidden = self._run_layer(number, hidden, arguments[number])
         return hidden
 
+    def _run_layer(self, number: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
+        output = self.layers[number](hidden, **arguments)
+        hidden = output[0] if isinstance(output, tuple) else output
+        name = str(number)
+        return self.adapters[name](hidden) if name in self.adapters else hidden
+
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Mean over the tokens, then unit length: ``[texts, dimension]`` float32."""
-        weights = mask.unsqueeze(-1).to(torch.float32)
-        mean = (hidden.to(torch.float32) * weights).sum(1) / weights.sum(1)
-        return functional.normalize(mean, dim=-1)
+        """Final norm where the family has one, pooling, unit length.
+
+        Args:
+            hidden: Output of the last layer, ``[texts, tokens, dimension]``.
+            mask: True where there is a token, ``[texts, tokens]``; each text has at least one.
+
+        Returns:
+            Unit vectors ``[texts, dimension]`` float32.
+        """
+        norm = self.architecture.final_norm
+        normed = hidden if norm is None else norm(hidden)
+        return functional.normalize(self.learnt_pooling(normed.to(torch.float32), mask), dim=-1)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Unit vectors ``[texts, dimension]`` of token ids ``[texts, tokens]``."""
         hidden = self.run_layers(self.embed(ids), mask, 0, len(self.layers))
         return self.pool(hidden, mask)
+
+    def use_checkpointing(self, on: bool) -> None:
+        """Recompute each layer's activations in the backward pass instead of keeping them."""
+        self._checkpointing = on
+
+    def compile_layers(self, start: int) -> None:
+        """Compile the layers from ``start`` on with ``torch.compile``, for any number of tokens.
+
+        Raises:
+            ConfigError: There is no C++ compiler.
+        """
+        from torch._inductor import config as inductor  # slow to import, and rarely needed
+
+        compiler = str(inductor.cpp.cxx[-1])
+        if shutil.which(compiler) is None:
+            raise ConfigError.of(
+                "compile",
+                True,
+                f"false where there is no {compiler}: install a C++ compiler (g++, package "
+                "build-essential) or name one in CXX",
+            )
+        for layer in self.layers[start:]:
+            layer.compile(dynamic=True)
 
 
 @contextmanager
@@ -151,13 +206,17 @@ def torch_threads(threads: int | None) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def mixed_precision(wanted: bool = True) -> torch.autocast:
-    """Autocast to bfloat16 where the processor multiplies it natively; else a no-op.
+def mixed_precision(device: torch.device | str = "cpu", wanted: bool = True) -> torch.autocast:
+    """Autocast to bfloat16 where the device multiplies it natively; else a no-op.
 
     Vectors keep a cosine of .9999 to float32; matrices multiply two to three times as fast.
     """
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=wanted and native)
+    kind = torch.device(device).type
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = kind == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(kind, torch.bfloat16, enabled=wanted and native)
 
 
 class TorchRuntime:
@@ -167,7 +226,7 @@ class TorchRuntime:
         """Prepare.
 
         Args:
-            encoder: Used in evaluation mode.
+            encoder: Used in evaluation mode, on the device where it is.
             threads: Threads torch may use; ``None`` leaves that as it is.
             mixed: Whether bfloat16 may be used; else float32.
         """
@@ -176,60 +235,90 @@ class TorchRuntime:
 
     def __call__(self, tokens: list[list[int]]) -> Vectors:
         """Encode one padded batch."""
-        ids, mask = map(torch.from_numpy, pad_tokens(tokens))
-        with torch_threads(self._threads), torch.inference_mode(), mixed_precision(self._mixed):
-            return self._encoder(ids, mask).numpy()
+        device = self._encoder.device
+        ids, mask = (torch.from_numpy(array).to(device) for array in pad_tokens(tokens))
+        with (
+            torch_threads(self._threads),
+            torch.inference_mode(),
+            mixed_precision(device, self._mixed),
+        ):
+            return self._encoder(ids, mask).cpu().numpy()
 
 
-def load_pretrained(directory: Path) -> TextEncoder:
+def load_pretrained(directory: Path, *, pooling: str = "auto") -> TextEncoder:
     """Load a Hugging Face model directory, refusing what would be initialised at random.
 
     Args:
-        directory: Holds ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
+        directory: Holds ``config.json``, ``tokenizer.json`` and ``model.safetensors``, or its
+            shards with ``model.safetensors.index.json``.
+        pooling: Name of the pooling; ``auto`` is the mean for encoders, the last token for
+            decoders. The weights of ``attention`` start out as the mean.
 
     Raises:
         ArtifactError: The directory, its weights, or some of them are missing, or the tokenizer
             belongs to another vocabulary.
-        ConfigError: The architecture is not supported.
+        ConfigError: The architecture is not supported, or the pooling does not fit it.
     """
-    for name in (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME):
-        if not (directory / name).is_file():
-            raise ArtifactError(
-                f"{directory / name} is missing; a base model is a directory with "
-                f"{CONFIG_NAME}, {WEIGHTS_NAME} and {TOKENIZER_NAME}"
-            )
+    _require_files(directory)
+    architecture = find_architecture(_model_type(directory / CONFIG_NAME))
     with _quiet_transformers():
         try:
             model, loading = AutoModel.from_pretrained(
                 directory,
-                add_pooling_layer=False,
-                attn_implementation="sdpa",
                 dtype=torch.float32,
                 local_files_only=True,
                 output_loading_info=True,
                 use_safetensors=True,
+                **architecture.model_arguments,
             )
         except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
             raise ArtifactError(f"{directory} cannot be loaded as an encoder: {error}") from error
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith(_POOLER))
     if missing:
         raise ArtifactError(
-            f"{directory / WEIGHTS_NAME} lacks {len(missing)} weights, e.g. {missing[:3]}; "
+            f"the weights in {directory} lack {len(missing)} tensors, e.g. {missing[:3]}; "
             "they would be random. Use the complete model."
         )
-    encoder = TextEncoder(model).eval()
+    encoder = TextEncoder(model, pooling).eval()
     check_vocabulary(encoder, TextTokenizer(directory / TOKENIZER_NAME, max_tokens=8))
     return encoder
 
 
+def _require_files(directory: Path) -> None:
+    """Raise ArtifactError unless the files of a base model are there."""
+    wanted = [CONFIG_NAME, TOKENIZER_NAME]
+    if not (directory / SHARDS_NAME).is_file():
+        wanted.append(WEIGHTS_NAME)
+    for name in wanted:
+        if not (directory / name).is_file():
+            raise ArtifactError(
+                f"{directory / name} is missing; a base model is a directory with "
+                f"{CONFIG_NAME}, {TOKENIZER_NAME}, and {WEIGHTS_NAME} or its shards with "
+                f"{SHARDS_NAME}"
+            )
+
+
+def _model_type(file: Path) -> object:
+    """The ``model_type`` of a ``config.json``."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{file} is not JSON: {error}") from error
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
 def check_vocabulary(encoder: TextEncoder, tokenizer: TextTokenizer) -> None:
-    """Raise unless the tokenizer's vocabulary is the encoder's.
+    """Raise unless the tokenizer's vocabulary can be the encoder's.
+
+    Each token needs a row of the embedding table; rows without a token may be padding and room for
+    special tokens to come: fewer than 128, or than 0.5 % of the table.
 
     Raises:
         ArtifactError: The sizes cannot belong together.
     """
     rows = int(encoder.config.vocab_size)
-    if not 0 <= rows - tokenizer.vocabulary_size < _VOCABULARY_PADDING:
+    most_unused = max(_VOCABULARY_PADDING, round(rows * _RESERVED_SHARE))
+    if not 0 <= rows - tokenizer.vocabulary_size < most_unused:
         raise ArtifactError(
             f"{tokenizer.path} has {tokenizer.vocabulary_size} tokens but the encoder has "
             f"embeddings for {rows}: the tokenizer belongs to another model"
@@ -241,9 +330,15 @@ def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
     config = json.loads(encoder.config.to_json_string(use_diff=False))
     for key in ("_name_or_path", "transformers_version", "dtype", "architectures"):
         config.pop(key, None)
+    layers = encoder.architecture.shapes if isinstance(encoder.architecture, Bert) else []
     return {
         "transformer": config,
-        "layers": [{"heads": s.heads, "channels": s.channels} for s in encoder.shapes],
+        "pooling": encoder.pooling,
+        "adapters": {
+            number: cast("BottleneckAdapter", adapter).width
+            for number, adapter in encoder.adapters.items()
+        },
+        "layers": [{"heads": shape.heads, "channels": shape.channels} for shape in layers],
     }
 
 
@@ -255,34 +350,62 @@ def build_encoder(description: dict[str, Any]) -> TextEncoder:
     """
     try:
         raw = dict(description["transformer"])
-        shapes = [LayerShape(int(s["heads"]), int(s["channels"])) for s in description["layers"]]
+        architecture = find_architecture(raw["model_type"])
         config = AutoConfig.for_model(raw.pop("model_type"), **raw)
         with _quiet_transformers(), no_init_weights():
-            transformer = AutoModel.from_config(
-                config, add_pooling_layer=False, attn_implementation="sdpa"
-            )
-        encoder = TextEncoder(transformer)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"the encoder's description cannot be used: {error}") from error
-    if len(shapes) != len(encoder.layers):
-        raise ArtifactError(f"{len(shapes)} layer sizes for {len(encoder.layers)} layers")
-    for index, shape in enumerate(shapes):
-        resize_layer(encoder, index, shape)
+            transformer = AutoModel.from_config(config, **architecture.model_arguments)
+        encoder = TextEncoder(transformer, description["pooling"])
+        for number, width in description["adapters"].items():
+            adapter = BottleneckAdapter(encoder.dimension, int(width))
+            encoder.adapters[str(int(number))] = adapter
+        shapes = [LayerShape(int(s["heads"]), int(s["channels"])) for s in description["layers"]]
+    except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
+        raise ArtifactError(f"the encoder's description cannot be used: {error!r}") from error
+    if isinstance(encoder.architecture, Bert):
+        if len(shapes) != len(encoder.layers):
+            raise ArtifactError(f"{len(shapes)} layer sizes for {len(encoder.layers)} layers")
+        for index, shape in enumerate(shapes):
+            encoder.architecture.resize(index, shape)
     return encoder.eval()
 
 
-def resize_layer(encoder: TextEncoder, index: int, shape: LayerShape) -> None:
-    """Replace the matrices of one layer by empty ones of ``shape``."""
-    layer = cast("Any", encoder.layers[index])
-    attention, width = layer.attention, encoder.dimension
-    inner = shape.heads * encoder.head_size
-    for name in ("query", "key", "value"):
-        setattr(attention.self, name, nn.Linear(width, inner))
-    attention.self.num_attention_heads = shape.heads
-    attention.self.all_head_size = inner
-    attention.output.dense = nn.Linear(inner, width)
-    layer.intermediate.dense = nn.Linear(width, shape.channels)
-    layer.output.dense = nn.Linear(shape.channels, width)
+def layer_of(encoder: TextEncoder, parameter_name: str) -> int:
+    """Which layer a weight belongs to, for learning rates that decay from layer to layer.
+
+    Args:
+        encoder: The encoder.
+        parameter_name: A name of ``encoder.named_parameters()`` or ``encoder.state_dict()``.
+
+    Returns:
+        0 for embeddings and what all layers share, 1 to ``len(encoder.layers)`` for the layers
+        and the adapters behind them, one more for the final norm and the pooling.
+    """
+    modules = {module: name for name, module in encoder.named_modules()}
+    above = [encoder.learnt_pooling, encoder.architecture.final_norm]
+    if any(parameter_name.startswith(f"{modules[m]}.") for m in above if m is not None):
+        return len(encoder.layers) + 1
+    for module in (encoder.layers, encoder.adapters):
+        prefix = f"{modules[module]}."
+        if parameter_name.startswith(prefix):
+            return int(parameter_name.removeprefix(prefix).split(".")[0]) + 1
+    return 0
+
+
+def weights_digest(encoder: TextEncoder, below: int) -> str:
+    """SHA-256 of what the input of layer ``below`` depends on.
+
+    That is the configuration, and the weights of the embeddings and of the layers below; not those
+    of the layers from ``below`` on, nor of the pooling.
+    """
+    description = describe_encoder(encoder)
+    adapters = {n: width for n, width in description["adapters"].items() if int(n) < below}
+    content = [description["transformer"], description["layers"][:below], adapters]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name, value in sorted(encoder.state_dict().items()):
+        if layer_of(encoder, name) <= below:
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_encoder(encoder: TextEncoder, path: Path) -> None:

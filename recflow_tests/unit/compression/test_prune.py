@@ -15,6 +15,7 @@ from recflow.compression.prune import (
     PruningReport,
     choose_kept,
     measure_importance,
+    prunable_layers,
     prune_layer,
     prune_ranker,
 )
@@ -74,7 +75,7 @@ def test_a_pruned_layer_computes_what_the_masked_parent_computes(
 ) -> None:
     masked, smaller = load_pretrained(base_model), load_pretrained(base_model)
     kept = KeptParts(heads=torch.tensor([0, 2]), channels=torch.arange(0, 64, 3))
-    width = masked.head_size
+    width = prunable_layers(masked).head_size
     for index in range(2):
         layer = masked.layers[index]
         with torch.no_grad():
@@ -84,7 +85,7 @@ def test_a_pruned_layer_computes_what_the_masked_parent_computes(
             removed = sorted(set(range(64)) - set(kept.channels.tolist()))
             layer.output.dense.weight[:, removed] = 0
         prune_layer(smaller, index, kept)
-    assert [(s.heads, s.channels) for s in smaller.shapes] == [(2, 22), (2, 22)]
+    assert [(s.heads, s.channels) for s in prunable_layers(smaller).shapes] == [(2, 22), (2, 22)]
     tokenizer = TextTokenizer(base_model / "tokenizer.json", 16)
     texts = items[Columns.TEXT].to_list()
     vectors = [

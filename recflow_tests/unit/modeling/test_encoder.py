@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, DistilBertConfig, DistilBertModel
+from transformers import AutoModel, GPT2Config, GPT2Model
 
 from recflow.core.errors import ArtifactError, ConfigError
 from recflow.modeling.encoder import (
@@ -75,7 +75,7 @@ def test_missing_weights_are_refused(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ArtifactError, match=r"lacks 1 weights, .*layer\.1\.output\.dense\.weight"):
+    with pytest.raises(ArtifactError, match=r"lack 1 tensors, .*layer\.1\.output\.dense\.weight"):
         load_pretrained(copy)
 
 
@@ -102,9 +102,9 @@ def test_a_damaged_tokenizer_is_refused(copy: Path) -> None:
 def test_another_architecture_is_refused(copy: Path) -> None:
     shutil.rmtree(copy)
     write_base_model(copy)
-    config = DistilBertConfig(vocab_size=40, dim=32, n_layers=1, n_heads=4, hidden_dim=64)
-    DistilBertModel(config).save_pretrained(copy)
-    with pytest.raises((ConfigError, ArtifactError), match=r"DistilBert|cannot be loaded"):
+    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=4)
+    GPT2Model(config).save_pretrained(copy)
+    with pytest.raises(ConfigError, match=r"model_type = 'gpt2' is not allowed; allowed: bert, "):
         load_pretrained(copy)
 
 

@@ -108,7 +108,7 @@ class ItemFeatures:
 
     Attributes:
         categories: Number of each item's category, 0 for unknown, ``[items]`` int64.
-        ids: Number of each known item, 0 for unknown, ``[items]`` int64.
+        ids: Number of each item with an embedding of its own, 0 for others, ``[items]`` int64.
     """
 
     categories: Tensor
@@ -217,8 +217,8 @@ class UserModel(nn.Module):
                 ``[users, clicks]``; at most ``history_length`` clicks.
             candidates: Row of each candidate, ``[users, slate]``, or ``[1, slate]`` for one slate
                 that all users share; -1 where there is none (its score has no meaning).
-            users: Number of each user, 0 for unknown, ``[users]``; None where nobody is known or
-                users have no embeddings.
+            users: Number of each user with an embedding, 0 for others, ``[users]``; None for
+                nobody.
 
         Returns:
             Scores ``[users, slate]``, comparable within a row.

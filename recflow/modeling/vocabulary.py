@@ -24,7 +24,7 @@ def number_ids(ids: pl.Series, known: Sequence[str]) -> Rows:
     return (
         ids.cast(pl.String)
         .replace_strict(list(known), numbers, default=UNKNOWN, return_dtype=pl.Int64)
-        .to_numpy()
+        .to_numpy(writable=True)
     )
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -5,14 +6,20 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from recflow.core.columns import Columns
 from recflow.core.errors import ArtifactError, ContractError
 from recflow.modeling import ranker as ranker_module
+from recflow.modeling.encoder import load_pretrained
 from recflow.modeling.objectives import mean_auc
-from recflow.modeling.ranker import frozen_item_vectors, load_ranker
+from recflow.modeling.ranker import RankerParts, frozen_item_vectors, load_ranker, save_ranker
 from recflow.modeling.trainer import TrainingReport
+from recflow.modeling.user_model import UserModel, UserModelShape
+from recflow.modeling.vocabulary import VOCABULARY_NAME
+
+SHAPE = UserModelShape(dimension=32, categories=0, history_length=5)
 
 
 @pytest.fixture
@@ -41,7 +48,7 @@ def test_a_loaded_ranker_has_the_accuracy_training_reported(
         np.concatenate([[0], np.cumsum(scores.list.len().cast(pl.Int64).to_numpy())]),
     )
     # Training reads hidden states rounded to bfloat16.
-    assert auc == pytest.approx(report.best_validation_auc, abs=0.005)
+    assert auc == pytest.approx(report.best_validation, abs=0.005)
 
 
 def test_scores_keep_rows_and_slates(
@@ -158,9 +165,10 @@ def test_weights_of_no_module_are_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layout": 99}, "layout 1"),
+        ({"layout": 99}, "layout 2"),
         ({"runtime": "abacus"}, "abacus"),
         ({"user_model": {"dimension": 32}}, "cannot be used"),
+        ({"user_model": dataclasses.asdict(SHAPE) | {"kind": "oracle"}}, "cannot be used"),
         ({"encoder": {}}, "description cannot be used"),
     ],
 )
@@ -174,3 +182,52 @@ def test_a_config_that_is_not_json_is_refused(copy: Path) -> None:
     (copy / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match="is not JSON"):
         load_ranker(copy)
+
+
+@pytest.fixture
+def with_ids(base_model: Path, items: pl.DataFrame, tmp_path: Path) -> Path:
+    """An untrained ranker that knows the first ten items and two users."""
+    torch.manual_seed(0)
+    model = UserModel(dataclasses.replace(SHAPE, items=10, users=2))
+    item_ids = items[Columns.ITEM_ID].head(10).to_list()
+    parts = RankerParts(model, [], 16, item_ids, user_ids=["u1", "u0"])
+    path = tmp_path / "with_ids"
+    path.mkdir()
+    save_ranker(path, load_pretrained(base_model), base_model / "tokenizer.json", parts)
+    return path
+
+
+def test_ids_survive_the_disk_and_change_the_board(
+    with_ids: Path, items: pl.DataFrame, validation: pl.DataFrame
+) -> None:
+    ranker = load_ranker(with_ids, threads=1)
+    assert ranker.parts.item_ids == items[Columns.ITEM_ID].head(10).to_list()
+    assert ranker.parts.user_numbers(validation.head(3)).tolist() == [2, 1, 0]
+    scorer = ranker.scorer("named", items)
+    assert scorer.board == "counter-aware"
+    assert "item_ids" not in (with_ids / "config.json").read_text()
+
+
+def test_users_reach_their_embeddings(
+    with_ids: Path, items: pl.DataFrame, validation: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = pl.concat([validation.head(1)] * 3)
+    users = pl.Series(Columns.USER_ID, ["u0", "u1", "somebody"])
+    scorer = load_ranker(with_ids, threads=1).scorer("named", items)
+    scores = np.array(scorer.score(same.with_columns(users)).to_list())
+    assert np.abs(np.diff(scores, axis=0)).max(axis=1).min() > 1e-4
+    ids = items[Columns.ITEM_ID].to_list()
+    monkeypatch.setattr(ranker_module, "_MAX_SIMILARITIES", 60)
+    every = scorer.score_catalogue(same.with_columns(users), ids)
+    chosen = every[:, [ids.index(item) for item in same[Columns.CANDIDATES][0]]]
+    np.testing.assert_allclose(chosen, scores, atol=1e-5)
+
+
+def test_a_ranker_without_ids_has_no_vocabulary(path: Path) -> None:
+    assert not (path / VOCABULARY_NAME).exists()
+
+
+def test_a_missing_vocabulary_is_named(with_ids: Path) -> None:
+    (with_ids / VOCABULARY_NAME).unlink()
+    with pytest.raises(ArtifactError, match=VOCABULARY_NAME):
+        load_ranker(with_ids)

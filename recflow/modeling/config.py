@@ -182,10 +182,12 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         """Raise ConfigError at the first impossible value."""
         require_at_least(
-            self, 1, "head_epochs", "head_batch_size", "encoder_batch_size",
+            self, 1, "head_batch_size", "encoder_batch_size",
             "max_impressions_per_epoch", "max_validation_impressions", "patience",
         )  # fmt: skip
-        require_at_least(self, 0, "encoder_epochs", "checkpoint_seconds")
+        require_at_least(self, 0, "head_epochs", "encoder_epochs", "checkpoint_seconds")
+        if self.head_epochs + self.encoder_epochs == 0:
+            raise ConfigError.of("head_epochs and encoder_epochs", 0, "at least one above 0")
         require_one_of(self, "primary_metric", METRICS)
 
 
@@ -307,6 +309,14 @@ class TrainingConfig:
         require_one_of(self, "pooling", ("auto", *POOLINGS))
         require_at_least(self, 1, "threads")
         require_at_least(self, 0, "seed")
+        if self.tuning.strategy == "frozen" and not self.schedule.head_epochs:
+            raise ConfigError.of("head_epochs", 0, "at least 1 where the encoder is frozen")
+        local = self.distribution.synchronisation == "local_sgd"
+        if self.tuning.strategy == "adalora" and (local or self.distribution.shard_encoder):
+            # Each process would choose ranks of its own, or see a part of the matrices only.
+            raise ConfigError.of(
+                "strategy", "adalora", "lora where weights are averaged or spread over processes"
+            )
         rating, measured = self.objective.loss == "mean_squared_error", self.schedule.primary_metric
         if rating != (measured == "rating_rmse"):
             raise ConfigError.of(

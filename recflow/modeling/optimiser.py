@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,81 +17,123 @@ from recflow.modeling.encoder import torch_threads
 _LAST_RATE = 0.05  # share of the peak learning rate that the last step still has
 
 
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Weights that share a peak learning rate; those that do not learn are skipped."""
+
+    parameters: Iterable[nn.Parameter]
+    learning_rate: float
+
+
 class Optimiser:
-    """AdamW with warm-up, linear decay, gradient clipping, and a check for lost numbers."""
+    """AdamW with warm-up, linear decay, gradient clipping, and a check for lost numbers.
+
+    The learning rate is a function of the number of steps taken, so that a resumed run needs
+    nothing but that number and the state of AdamW.
+
+    Attributes:
+        adamw: The optimiser inside; its state belongs to a checkpoint.
+        steps_taken: Steps so far.
+    """
 
     def __init__(
         self,
-        groups: Iterable[tuple[Iterable[nn.Parameter], float]],
+        groups: Sequence[ParameterGroup],
         *,
         steps: int,
         warmup_share: float,
         weight_decay: float,
         gradient_clip: float,
+        steps_taken: int = 0,
     ) -> None:
         """Prepare.
 
         Args:
-            groups: Weights and their peak learning rate; weights that do not learn are skipped.
+            groups: What learns, and how fast.
             steps: Steps until the learning rate has decayed.
             warmup_share: Share of the steps in which it rises.
             weight_decay: Decoupled weight decay of matrices; vectors are not decayed.
             gradient_clip: Largest norm of the gradient.
+            steps_taken: Steps that were taken before, by a run that is resumed.
         """
-        self._groups: list[dict[str, object]] = []
-        self._parameters: list[nn.Parameter] = []
-        for parameters, rate in groups:
-            learning = [p for p in parameters if p.requires_grad]
-            self._parameters += learning
-            matrices = [p for p in learning if p.ndim > 1]
-            vectors = [p for p in learning if p.ndim <= 1]
-            self._groups.append({"params": matrices, "lr": rate, "weight_decay": weight_decay})
-            self._groups.append({"params": vectors, "lr": rate, "weight_decay": 0.0})
-        self._adamw = torch.optim.AdamW(self._groups)
-        warmup = max(1, round(steps * warmup_share))
-
-        def rate_at(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return max(_LAST_RATE, 1 - (step - warmup) / max(1, steps - warmup))
-
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adamw, rate_at)
+        self._peaks: list[float] = []
+        arguments: list[dict[str, object]] = []
+        for group in groups:
+            learning = [p for p in group.parameters if p.requires_grad]
+            for parameters, decay in (
+                ([p for p in learning if p.ndim > 1], weight_decay),
+                ([p for p in learning if p.ndim <= 1], 0.0),
+            ):
+                if parameters:
+                    arguments.append({"params": parameters, "weight_decay": decay})
+                    self._peaks.append(group.learning_rate)
+        self.adamw = torch.optim.AdamW(arguments)
+        self._parameters = [p for group in self.adamw.param_groups for p in group["params"]]
+        self._steps, self._warmup = steps, max(1, round(steps * warmup_share))
         self._clip = gradient_clip
+        self.steps_taken = steps_taken
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the first group at the next step."""
-        return float(self._schedule.get_last_lr()[0])
+        return self._peaks[0] * self._share_of_peak()
 
-    def step(self, loss: Tensor, where: str) -> float:
-        """Take one step and return the loss.
+    def clear(self) -> None:
+        """Forget the gradients of the last step."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    def apply(self, loss: float, where: str) -> None:
+        """Take one step along the gradients that were added up.
 
         Args:
-            loss: Scalar with a gradient.
+            loss: Loss of the step, all processes' parts together.
             where: Names the batch, for the error message.
 
         Raises:
             PermanentError: The loss or the gradient is not finite; the weights are unchanged.
         """
-        value = loss.item()
-        self._adamw.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._clip))
-        if not (math.isfinite(value) and math.isfinite(norm)):
+        norm = _plain(nn.utils.clip_grad_norm_(self._parameters, self._clip)).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise PermanentError(
-                f"loss {value} with gradient norm {norm} at {where}; lower the learning rate or "
+                f"loss {loss} with gradient norm {norm} at {where}; lower the learning rate or "
                 "look at the texts of these impressions"
             )
-        self._adamw.step()
-        self._schedule.step()
+        share = self._share_of_peak()
+        for group, peak in zip(self.adamw.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * share
+        self.adamw.step()
+        self.steps_taken += 1
+
+    def step(self, loss: Tensor, where: str) -> float:
+        """Take one step along the gradient of ``loss`` and return its value.
+
+        Raises:
+            PermanentError: The loss or the gradient is not finite; the weights are unchanged.
+        """
+        value = loss.item()
+        self.clear()
+        loss.backward()
+        self.apply(value, where)
         return value
+
+    def _share_of_peak(self) -> float:
+        if self.steps_taken < self._warmup:
+            return (self.steps_taken + 1) / self._warmup
+        decayed = (self.steps_taken - self._warmup) / max(1, self._steps - self._warmup)
+        return max(_LAST_RATE, 1 - decayed)
+
+
+def _plain(norm: Tensor) -> Tensor:
+    """The norm of all processes' gradients, where weights are spread over processes."""
+    whole = getattr(norm, "full_tensor", None)
+    return norm if whole is None else whole()
 
 
 @contextmanager
 def deterministic(seed: int, threads: int) -> Generator[None]:
     """Make torch repeatable inside the block, and leave its global state as it was."""
     before = torch.are_deterministic_algorithms_enabled()
-    with torch_threads(threads), torch.random.fork_rng(devices=[]):
+    with torch_threads(threads), torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "torch"))
         torch.use_deterministic_algorithms(True)
         try:

@@ -53,18 +53,24 @@ class NullTracker:
 class Progress:
     """Shows how far a loop is: a bar on a terminal, a log line every few seconds elsewhere."""
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
+    def __init__(
+        self, label: str, total: int, unit: str, *, done: int = 0, visible: bool = True
+    ) -> None:
         """Start the clock.
 
         Args:
             label: What is being done.
             total: Units of work to do.
             unit: Name of a unit, e.g. ``impressions``.
+            done: Units that were done before.
+            visible: Whether anything is shown; of several processes one is enough.
         """
-        self._label, self._total, self._unit = label, total, unit
-        self._done = 0
+        self._label, self._total, self._unit, self._visible = label, total, unit, visible
+        self._done = self._done_before = done
         self._started = self._shown = time.monotonic()
-        self._bar = tqdm(total=total, desc=label, unit=f" {unit}") if sys.stderr.isatty() else None
+        self._bar = None
+        if visible and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=label, unit=f" {unit}", initial=done)
 
     def advance(self, amount: int, note: str = "") -> None:
         """Report ``amount`` more units done, with a short note such as the loss."""
@@ -72,7 +78,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(amount)
-        elif time.monotonic() - self._shown >= _SECONDS_BETWEEN_LINES:
+        elif self._visible and time.monotonic() - self._shown >= _SECONDS_BETWEEN_LINES:
             self._log_line(note)
 
     def close(self) -> float:
@@ -83,7 +89,7 @@ class Progress:
 
     def _log_line(self, note: str) -> None:
         self._shown = time.monotonic()
-        rate = self._done / (self._shown - self._started)
+        rate = (self._done - self._done_before) / (self._shown - self._started)
         left = max(self._total - self._done, 0) / max(rate, 1e-9)
         logger.info(
             "%s: %d/%d %s, %.0f/s, %.0f s left%s",

@@ -1,10 +1,13 @@
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import polars as pl
 import pytest
 
+from recflow.modeling.reports import TrainingReport
 from recflow.modeling.tracking import NullTracker
-from recflow.modeling.trainer import TrainingReport, train_ranker
+from recflow.modeling.trainer import train_ranker
 from recflow_tests.unit.modeling.tiny import (
     make_impressions,
     make_items,
@@ -33,22 +36,37 @@ def validation(items: pl.DataFrame) -> pl.DataFrame:
     return make_impressions(items, 120, seed=2)
 
 
+class TrainTiny(Protocol):
+    """Trains in the toy world; anything of :func:`train_ranker` can be given instead."""
+
+    def __call__(
+        self, output: Path, values: Mapping[str, object] | None = None, **changes: Any
+    ) -> TrainingReport: ...
+
+
+@pytest.fixture(scope="session")
+def train_tiny(
+    base_model: Path, items: pl.DataFrame, train: pl.DataFrame, validation: pl.DataFrame
+) -> TrainTiny:
+    def train_with(
+        output: Path, values: Mapping[str, object] | None = None, **changes: Any
+    ) -> TrainingReport:
+        output.mkdir(parents=True, exist_ok=True)
+        arguments: dict[str, Any] = {
+            "items": items,
+            "train": train,
+            "validation": validation,
+            "base_model": base_model,
+            "tracker": NullTracker(),
+        }
+        return train_ranker(**{**arguments, **changes}, output=output, config=quick(values))
+
+    return train_with
+
+
 @pytest.fixture(scope="session")
 def trained(
-    tmp_path_factory: pytest.TempPathFactory,
-    base_model: Path,
-    items: pl.DataFrame,
-    train: pl.DataFrame,
-    validation: pl.DataFrame,
+    tmp_path_factory: pytest.TempPathFactory, train_tiny: TrainTiny
 ) -> tuple[Path, TrainingReport]:
     output = tmp_path_factory.mktemp("trained")
-    report = train_ranker(
-        items=items,
-        train=train,
-        validation=validation,
-        base_model=base_model,
-        output=output,
-        config=quick(),
-        tracker=NullTracker(),
-    )
-    return output, report
+    return output, train_tiny(output)

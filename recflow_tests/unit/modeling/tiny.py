@@ -1,6 +1,6 @@
 """A tiny pretrained encoder and a toy world in which text decides every click."""
 
-import dataclasses
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,31 +11,32 @@ from transformers import BertConfig, BertModel
 
 from recflow.core.columns import Columns
 from recflow.core.seeding import make_rng
-from recflow.modeling.trainer import TrainingConfig
+from recflow.modeling.config import TrainingConfig, with_values
 
 TOPICS = ("sea", "war", "pop", "tax", "sun")
 WORDS_PER_TOPIC = 6
 FILLERS = ("the", "a", "new", "old", "very")
 
-QUICK = TrainingConfig(
-    tuned_layers=1,
-    max_tokens=16,
-    history_length=5,
-    negatives=3,
-    head_epochs=4,
-    encoder_epochs=2,
-    head_batch_size=32,
-    encoder_batch_size=32,
-    max_texts_per_step=16,
-    head_learning_rate=1e-2,
-    encoder_learning_rate=1e-3,
-    dropout=0.0,
-    threads=1,
+QUICK = with_values(
+    TrainingConfig(),
+    {
+        "max_tokens": 16,
+        "threads": 1,
+        "tuning.tuned_layers": 1,
+        "user_model.history_length": 5,
+        "user_model.dropout": 0.0,
+        "objective.negatives": 3,
+        "optimiser.head_learning_rate": 1e-2,
+        "optimiser.encoder_learning_rate": 1e-3,
+        "schedule.head_batch_size": 32,
+        "schedule.encoder_batch_size": 32,
+        "speed.max_texts_per_step": 16,
+    },
 )
 
 
-def quick(**changes: object) -> TrainingConfig:
-    return dataclasses.replace(QUICK, **changes)  # type: ignore[arg-type]
+def quick(values: Mapping[str, object] | None = None) -> TrainingConfig:
+    return with_values(QUICK, values or {})
 
 
 def words_of(topic: str) -> list[str]:

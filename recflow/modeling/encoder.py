@@ -409,8 +409,14 @@ def weights_digest(encoder: TextEncoder, below: int) -> str:
 
 
 def save_encoder(encoder: TextEncoder, path: Path) -> None:
-    """Write the weights under their Hugging Face names, float32."""
+    """Write the weights under their Hugging Face names, float32.
+
+    Raises:
+        ArtifactError: LoRA's matrices are still beside those of the encoder.
+    """
     state = encoder.transformer.state_dict()
+    if any(".base_layer." in name for name in state):
+        raise ArtifactError(f"{path} is not written: merge the encoder's LoRA matrices first")
     save_file({name: value.detach().contiguous() for name, value in state.items()}, path)
 
 

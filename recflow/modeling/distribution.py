@@ -49,13 +49,19 @@ class Team(Protocol):
         """Replace each tensor by its mean over the processes."""
         ...
 
-    def wrap(self, model: nn.Module, layers: Sequence[nn.Module], *, shard: bool) -> nn.Module:
-        """Prepare a model whose gradients are averaged over the processes after each backward.
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Let gradients be averaged over the processes in each backward pass.
+
+        Whoever uses the weights calls ``forward`` of the result, in which all that learn take part.
+        """
+        ...
+
+    def spread(self, model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
+        """Do the same, and spread weights, gradients and optimiser states over the processes.
 
         Args:
-            model: Holds all weights; whoever uses them calls ``forward``.
-            layers: Parts that are gathered one at a time where weights are spread.
-            shard: Spread weights, gradients and optimiser states over the processes.
+            model: Holds all weights.
+            layers: Parts of it that are gathered one at a time when they are used.
         """
         ...
 
@@ -79,21 +85,17 @@ class Alone:
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Leave the tensors as they are."""
 
-    def wrap(
-        self,
-        model: nn.Module,
-        layers: Sequence[nn.Module],  # noqa: ARG002
-        *,
-        shard: bool,
-    ) -> nn.Module:
-        """The model itself.
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model itself."""
+        return model
+
+    def spread(self, model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:  # noqa: ARG002
+        """Refuse.
 
         Raises:
             ConfigError: There is nobody to spread the weights over.
         """
-        if shard:
-            raise ConfigError.of("shard_encoder", shard, "false with one process")
-        return model
+        raise ConfigError.of("shard_encoder", True, "false with one process")
 
 
 class ProcessTeam:
@@ -128,11 +130,12 @@ class ProcessTeam:
                 distributed.all_reduce(tensor)
                 tensor /= self.size
 
-    def wrap(self, model: nn.Module, layers: Sequence[nn.Module], *, shard: bool) -> nn.Module:
-        """Prepare a model whose gradients are averaged over the processes after each backward."""
-        if not shard:
-            # Which weights take part differs between batches, e.g. where no user is cold.
-            return DistributedDataParallel(model, find_unused_parameters=True)
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Let gradients be averaged over the processes in each backward pass."""
+        return DistributedDataParallel(model)
+
+    def spread(self, model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
+        """Do the same, and spread weights, gradients and optimiser states over the processes."""
         mesh = init_device_mesh(self._device.type, (self.size,))
         for layer in layers:
             fully_shard(layer, mesh=mesh)
@@ -188,6 +191,20 @@ def _fsdp_without_exchange(model: FSDPModule) -> Generator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
+
+
+def without_gradients(model: nn.Module, *task: Any) -> Any:
+    """Call a wrapped model whose weights only give results, and put them back where they belong.
+
+    FSDP leaves the outermost weights gathered until a backward pass, which does not come here; the
+    optimiser would then be given copies.
+    """
+    with torch.no_grad():
+        result = model(*task)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    return result
 
 
 def whole(tensor: Tensor) -> Tensor:

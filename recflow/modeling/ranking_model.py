@@ -24,7 +24,7 @@ class RankingModel(nn.Module):
     """Scores clicks from item rows, and keeps the vectors of all items.
 
     Whatever uses weights is a *task* of :meth:`forward`, because there the wrappers for several
-    processes gather and exchange what belongs to them.
+    processes gather and exchange what belongs to them. All but ``loss`` run without gradients.
 
     Attributes:
         encoder: The text encoder. It stays in evaluation mode: with dropout, fresh vectors would
@@ -91,13 +91,11 @@ class RankingModel(nn.Module):
         rows = np.arange(len(self.kept))
         dealt = deal(rows, self._items.lengths, self._team.size)
         own = np.split(dealt, self._team.size)[self._team.rank]
-        with torch.no_grad():
-            self.kept[torch.from_numpy(dealt)] = self._team.gather(self._items(own))
+        self.kept[torch.from_numpy(dealt)] = self._team.gather(self._items(own))
 
     def states(self) -> ItemStates:
-        """All items as the user model sees them, without gradients."""
-        with torch.no_grad():
-            return self.user_model.describe_items(self.kept, self._features)
+        """All items as the user model sees them."""
+        return self.user_model.describe_items(self.kept, self._features)
 
     def fit_scale(self, data: IndexedImpressions, seen: Rows) -> None:
         """Centre the vectors on items of train, and scale the features by some impressions."""

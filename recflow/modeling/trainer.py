@@ -12,6 +12,7 @@ is random in a step follows from the seed and the number of the step.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import tempfile
@@ -40,7 +41,15 @@ from recflow.modeling.checkpoints import (
     prefixed,
 )
 from recflow.modeling.config import TrainingConfig
-from recflow.modeling.distribution import Alone, Team, choose_device, fill, whole, without_exchange
+from recflow.modeling.distribution import (
+    Alone,
+    Team,
+    choose_device,
+    fill,
+    whole,
+    without_exchange,
+    without_gradients,
+)
 from recflow.modeling.encoder import (
     TextEncoder,
     load_pretrained,
@@ -235,11 +244,12 @@ class TrainingRun:
         self._encoder.use_checkpointing(config.speed.gradient_checkpointing)
 
         self._model = self._make_model()
-        sharded = config.distribution.shard_encoder
-        self._wrapped = team.wrap(self._model, list(self._encoder.layers), shard=sharded)
-        self._wrapped("renew")
+        self._wrapped: torch.nn.Module = self._model
+        if config.distribution.shard_encoder:
+            self._wrapped = team.spread(self._model, list(self._encoder.layers))
+        without_gradients(self._wrapped, "renew")
         scale_sample = data.train.take(spread(len(data.train), _SCALE_SAMPLE))
-        self._wrapped("fit_scale", scale_sample, data.seen)
+        without_gradients(self._wrapped, "fit_scale", scale_sample, data.seen)
 
         self._progress = TrainingProgress()
         self._best: dict[str, Tensor] = {}
@@ -417,9 +427,9 @@ class TrainingRun:
     def _validate(self, phase: _Phase) -> float:
         self._model.user_model.eval()
         if phase.encoder_learns:
-            self._wrapped("renew")
+            without_gradients(self._wrapped, "renew")
         data = self._data.validation
-        scores = self._wrapped("scores", data, self._data.validation_users)
+        scores = without_gradients(self._wrapped, "scores", data, self._data.validation_users)
         metric = validation_metric(
             self._config.schedule.primary_metric,
             scores,
@@ -523,12 +533,14 @@ class TrainingRun:
 
     def _begin_phase(self, phase: _Phase) -> Optimiser:
         config = self._config
-        sharded = config.distribution.shard_encoder
-        if not sharded:
+        if not config.distribution.shard_encoder:
             for parameter in self._learning:
                 parameter.requires_grad_(phase.encoder_learns)
             if not self._local_sgd:
-                self._wrapped = self._team.wrap(self._model, [], shard=False)
+                # The wrapper of the phase before must be gone first: it would exchange as well.
+                self._wrapped = self._model
+                gc.collect()
+                self._wrapped = self._team.wrap(self._model)
         per_epoch = math.ceil(self._data.clicks_per_epoch(config) / phase.batch_size)
         steps = phase.epochs * per_epoch
         head_rate = config.optimiser.head_learning_rate

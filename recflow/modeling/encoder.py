@@ -113,11 +113,9 @@ class TextEncoder(nn.Module):
         """The pooling; it has weights where :attr:`pooling` is ``attention``."""
         return self.transformer.get_submodule(f"{ADDITIONS}.pooling")
 
-    def add_adapters(self, first_layer: int, width: int) -> None:
-        """Put a bottleneck adapter behind each layer from ``first_layer`` on."""
-        for number in range(first_layer, len(self.layers)):
-            adapter = BottleneckAdapter(self.dimension, width)
-            self.adapters[str(number)] = adapter.to(self.device)
+    def add_adapter(self, layer: int, width: int) -> None:
+        """Put a bottleneck adapter of ``width`` behind a layer."""
+        self.adapters[str(layer)] = BottleneckAdapter(self.dimension, width).to(self.device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embedding output ``[texts, tokens, dimension]`` of token ids ``[texts, tokens]``."""
@@ -355,12 +353,16 @@ def build_encoder(description: dict[str, Any]) -> TextEncoder:
         with _quiet_transformers(), no_init_weights():
             transformer = AutoModel.from_config(config, **architecture.model_arguments)
         encoder = TextEncoder(transformer, description["pooling"])
-        for number, width in description["adapters"].items():
-            adapter = BottleneckAdapter(encoder.dimension, int(width))
-            encoder.adapters[str(int(number))] = adapter
+        adapters = {int(number): int(width) for number, width in description["adapters"].items()}
         shapes = [LayerShape(int(s["heads"]), int(s["channels"])) for s in description["layers"]]
     except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
         raise ArtifactError(f"the encoder's description cannot be used: {error!r}") from error
+    if not adapters.keys() <= set(range(len(encoder.layers))):
+        raise ArtifactError(
+            f"adapters behind the layers {sorted(adapters)} of {len(encoder.layers)} layers"
+        )
+    for number, width in adapters.items():
+        encoder.add_adapter(number, width)
     if isinstance(encoder.architecture, Bert):
         if len(shapes) != len(encoder.layers):
             raise ArtifactError(f"{len(shapes)} layer sizes for {len(encoder.layers)} layers")

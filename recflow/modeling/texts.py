@@ -68,8 +68,9 @@ class TextTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens included; no padding."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        """Token ids of each text, special tokens included; no padding, at least one each."""
+        # Some decoders' tokenizers add no special token: an empty text would have none at all.
+        return [encoding.ids or [0] for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
 
 def length_buckets(lengths: Rows, size: int = BUCKET_SIZE) -> Iterator[Rows]:

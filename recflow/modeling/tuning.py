@@ -242,7 +242,8 @@ def _adapters(config: TuningConfig, encoder: TextEncoder) -> Tuning:
     """Train bottleneck adapters behind the last layers, and the pooling; the adapters stay."""
     first = _first_tuned_layer(config, encoder)
     encoder.requires_grad_(False)
-    encoder.add_adapters(first, config.adapter_width)
+    for layer in range(first, len(encoder.layers)):
+        encoder.add_adapter(layer, config.adapter_width)
     encoder.learnt_pooling.requires_grad_(True)
     return Tuning(first)
 

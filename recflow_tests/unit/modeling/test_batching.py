@@ -1,25 +1,13 @@
 import numpy as np
 import polars as pl
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recflow.core.columns import Columns
 from recflow.core.errors import ContractError
-from recflow.core.seeding import make_rng
-from recflow.modeling.batching import (
-    HiddenStates,
-    ItemIndex,
-    Ragged,
-    click_batch,
-    count_clicks,
-    draw_clicks,
-    index_impressions,
-    items_in_use,
-)
-from recflow.modeling.encoder import TorchRuntime, load_pretrained
-from recflow.modeling.texts import TextTokenizer, encode_texts, length_buckets
+from recflow.modeling.batching import ItemIndex, Ragged, index_impressions, items_in_use, spread
+from recflow.modeling.texts import length_buckets
 
 LISTS = st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=8)
 
@@ -100,48 +88,6 @@ def test_only_items_in_use_are_indexed(table: pl.DataFrame, impressions: pl.Data
     assert items_in_use(table, [impressions.head(2)], 1).ids == ["a", "b", "c", "d"]
 
 
-def test_clicks_meet_only_non_clicks_of_their_slate(
-    table: pl.DataFrame, impressions: pl.DataFrame
-) -> None:
-    data = index_impressions(impressions, ItemIndex(table), history_length=2)
-    rng = make_rng(0, "test")
-    drawn = draw_clicks(data, clicks_per_impression=4, max_impressions=10, rng=rng)
-    assert sorted(map(tuple, drawn.tolist())) == [(0, 1), (0, 3), (1, 5)]
-    batch = click_batch(data, drawn, negatives=3, rng=rng)
-    others = {0: {0, 2}, 1: {1}}
-    for impression, candidates in zip(batch.impressions, batch.candidates, strict=True):
-        present = candidates[candidates >= 0].tolist()
-        assert set(present[1:]) == others[int(impression)]
-        assert len(present) == len(set(present))
-
-
-def test_limits_of_an_epoch_hold(table: pl.DataFrame, impressions: pl.DataFrame) -> None:
-    data = index_impressions(impressions, ItemIndex(table), history_length=2)
-    for clicks, most, expected in ((1, 10, 2), (4, 10, 3), (1, 1, 1)):
-        drawn = draw_clicks(
-            data, clicks_per_impression=clicks, max_impressions=most, rng=make_rng(3, "x")
-        )
-        assert len(drawn) == expected
-        assert count_clicks(data, clicks_per_impression=clicks, max_impressions=most) == expected
-
-
-def test_negatives_are_drawn_evenly(table: pl.DataFrame) -> None:
-    wide = pl.DataFrame(
-        {
-            Columns.HISTORY: [["a"]],
-            Columns.CANDIDATES: [["a", "b", "c", "d", "e"]],
-            Columns.LABELS: [[1, 0, 0, 0, 0]],
-        }
-    )
-    data = index_impressions(wide, ItemIndex(table), history_length=1)
-    rng = make_rng(0, "even")
-    clicks = np.repeat([[0, 0]], 4_000, axis=0)
-    drawn = click_batch(data, clicks, negatives=1, rng=rng).candidates[:, 1]
-    shares = np.bincount(drawn, minlength=5) / len(drawn)
-    assert shares[0] == 0
-    np.testing.assert_allclose(shares[1:], 0.25, atol=0.03)
-
-
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=50))
 def test_buckets_hold_every_text_once_in_order_of_length(lengths: list[int]) -> None:
     array = np.array(lengths, dtype=np.int64)
@@ -150,19 +96,19 @@ def test_buckets_hold_every_text_once_in_order_of_length(lengths: list[int]) -> 
     assert (np.diff(array[places]) >= 0).all()
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_kept_hidden_states_give_the_encoder_s_vectors(base_model, items, layer: int) -> None:
-    encoder = load_pretrained(base_model)
-    tokenizer = TextTokenizer(base_model / "tokenizer.json", 16)
-    texts = items[Columns.TEXT].to_list()
-    done: list[int] = []
-    hidden = HiddenStates(
-        encoder, tokenizer(texts), layer=layer, max_bytes=10**8, on_texts=done.append
+def test_ratings_stand_beside_their_candidates(
+    table: pl.DataFrame, impressions: pl.DataFrame
+) -> None:
+    rated = impressions.with_columns(
+        pl.Series(Columns.RATING, [[1.0, 2.0, 3.0, None], None, [5.0], None], pl.List(pl.Float32))
     )
-    rows = np.array([5, 0, 17, 5])
-    expected = encode_texts(TorchRuntime(encoder, 1, mixed=False), tokenizer, texts)[rows]
-    # bfloat16 keeps eight bits of each hidden value
-    torch.testing.assert_close(
-        hidden.encode(rows).detach(), torch.from_numpy(expected), atol=2e-2, rtol=0
-    )
-    assert sum(done) == len(texts)
+    data = index_impressions(rated, ItemIndex(table), history_length=2)
+    nan = float("nan")
+    np.testing.assert_array_equal(data.ratings, [1, 2, 3, nan, nan, nan, 5, nan, nan, nan])
+    np.testing.assert_array_equal(data.take(np.array([2, 1])).ratings, [5, nan, nan])
+    assert data.rated.tolist() == [True, True, True, False, False, False, True] + 3 * [False]
+
+
+def test_impressions_are_spread_evenly_over_time() -> None:
+    assert spread(9, 3).tolist() == [0, 4, 8]
+    assert spread(2, 5).tolist() == [0, 1]

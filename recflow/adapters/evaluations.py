@@ -15,6 +15,7 @@ from recflow.adapters.keys import (
     CLEANED_IMPRESSIONS,
     CLEANED_ITEMS,
     FINE_TUNED,
+    LABEL_EFFICIENCY_STUDY,
     MEASUREMENTS,
     PREDICTIONS,
     PRUNED,
@@ -22,6 +23,7 @@ from recflow.adapters.keys import (
     REPORT,
     TEST,
 )
+from recflow.adapters.label_efficiency import label_shares
 from recflow.adapters.models import weights_hash
 from recflow.adapters.parquet_io import total_counts
 from recflow.adapters.snapshots import Snapshot as StoredSnapshot
@@ -173,6 +175,8 @@ def build_report(
 ) -> Artifact:
     """Evaluate the predictions; write ``report.html``, ``report.json`` and ``table.txt``.
 
+    The study of learning with few labels is shown where the snapshot has one.
+
     Args:
         store: Where predictions, measurements and models are.
         snapshot: Partition of the snapshot.
@@ -188,6 +192,9 @@ def build_report(
     models = {name: store.get(key, snapshot) for name, key in VARIANTS.items()}
     stored = load_snapshot(store, snapshot)
     parents = {PREDICTIONS: predictions, MEASUREMENTS: measurements, **stored.artifacts}
+    study = _label_efficiency_study(store, stored, snapshot)
+    if study is not None:
+        parents[LABEL_EFFICIENCY_STUDY] = study
 
     def build(draft: Draft) -> None:
         data = _with_truth(stored, source, window)
@@ -202,6 +209,7 @@ def build_report(
             row_counts={key: artifact.facts["rows"] for key, artifact in stored.artifacts.items()},
             quarantine=_quarantine(store, window),
             training={name: _epochs(model) for name, model in models.items() if _epochs(model)},
+            label_efficiency=label_shares(study) if study else (),
             versions=library_versions(),
             parents={key: artifact.digest for key, artifact in parents.items()},
         )
@@ -309,6 +317,22 @@ def _with_truth(stored: StoredSnapshot, source: Source, window: Sequence[str]) -
     )
 
 
+def _label_efficiency_study(
+    store: ArtifactStore, stored: StoredSnapshot, snapshot: str
+) -> Artifact | None:
+    """The study of few labels, unless there is none or it saw other splits than these."""
+    study = store.existing(LABEL_EFFICIENCY_STUDY, [snapshot]).get(snapshot)
+    if study is None:
+        return None
+    if any(study.manifest.parents[key] != part.digest for key, part in stored.artifacts.items()):
+        logger.warning(
+            "%s was made from other splits and is left out of the report; materialise it again",
+            study.path,
+        )
+        return None
+    return study
+
+
 def _missing_days(stored: StoredSnapshot) -> list[str]:
     return cast("list[str]", stored.artifacts[TEST].facts["missing_days"])
 
@@ -324,7 +348,7 @@ def _epochs(model: Artifact) -> list[dict[str, float]]:
     """The learning curve of a model that was trained."""
     epochs = cast("list[dict[str, float]]", model.facts.get("epochs", []))
     return [
-        {"epoch": number, "loss": e["loss"], "validation_auc": e["validation_auc"]}
+        {"epoch": number, "loss": e["loss"], "validation": e["validation"]}
         for number, e in enumerate(epochs, start=1)
     ]
 

@@ -12,10 +12,19 @@ from recflow.adapters.keys import FINE_TUNED, PRUNED, QUANTIZED, TEST
 from recflow.adapters.snapshots import Snapshot, load_snapshot
 from recflow.compression.prune import PruningConfig, PruningReport, prune_ranker
 from recflow.compression.quantize import QuantizationConfig, QuantizationReport, quantize_ranker
-from recflow.core.artifacts import MANIFEST_NAME, Artifact, Draft, JsonValue, sha256_of
+from recflow.core.artifacts import (
+    MANIFEST_NAME,
+    Artifact,
+    Draft,
+    JsonValue,
+    fingerprint_of,
+    sha256_of,
+)
 from recflow.core.errors import ArtifactError
+from recflow.modeling.config import TrainingConfig
+from recflow.modeling.reports import TrainingReport
 from recflow.modeling.tracking import Tracker
-from recflow.modeling.trainer import TrainingConfig, TrainingReport, train_ranker
+from recflow.modeling.trainer import train_ranker
 
 
 def build_fine_tuned(
@@ -26,24 +35,42 @@ def build_fine_tuned(
     config: TrainingConfig,
     tracker: Tracker,
     code_version: str,
+    parents: Mapping[str, Artifact] | None = None,
+    cache_directory: Path | None = None,
+    checkpoints: Path | None = None,
     rebuild: bool = False,
 ) -> Artifact:
     """Fine-tune the pretrained encoder on a snapshot and store the ranker.
+
+    Args:
+        store: Where the snapshot is.
+        snapshot: Partition of the snapshot.
+        base_model: Hugging Face directory of the encoder to start from.
+        config: How to train.
+        tracker: Told the configuration and the course of the training.
+        code_version: Version of the training code.
+        parents: What the encoder or the configuration was taken from, beside the snapshot.
+        cache_directory: Where hidden states are kept between trainings.
+        checkpoints: Folder below which the state of a training is kept until it is done; the same
+            training, started again, resumes there.
+        rebuild: Train again what was trained.
 
     Raises:
         ArtifactError: The pretrained encoder or the snapshot is missing or not whole.
     """
     data = load_snapshot(store, snapshot)
 
-    def train(output: Path) -> TrainingReport:
+    def train(draft: Draft) -> TrainingReport:
         return train_ranker(
             items=data.items,
             train=data.splits.train,
             validation=data.splits.validation,
             base_model=base_model,
-            output=output,
+            output=draft.path,
             config=config,
             tracker=tracker,
+            cache_directory=cache_directory,
+            checkpoints=checkpoints / FINE_TUNED / draft.fingerprint if checkpoints else None,
         )
 
     return _build(
@@ -51,7 +78,7 @@ def build_fine_tuned(
         FINE_TUNED,
         snapshot,
         train,
-        parents=_without_test(data),
+        parents={**_without_test(data), **(parents or {})},
         config={**asdict(config), "base_model_sha256": weights_hash(base_model)},
         tracker=tracker,
         code_version=code_version,
@@ -72,10 +99,10 @@ def build_pruned(
     data = load_snapshot(store, snapshot)
     parent = store.get(FINE_TUNED, snapshot)
 
-    def prune(output: Path) -> PruningReport:
+    def prune(draft: Draft) -> PruningReport:
         return prune_ranker(
             parent=parent.path,
-            output=output,
+            output=draft.path,
             items=data.items,
             train=data.splits.train,
             validation=data.splits.validation,
@@ -109,8 +136,10 @@ def build_quantized(
     data = load_snapshot(store, snapshot)
     parent = store.get(FINE_TUNED, snapshot)
 
-    def quantize(output: Path) -> QuantizationReport:
-        return quantize_ranker(parent=parent.path, output=output, items=data.items, config=config)
+    def quantize(draft: Draft) -> QuantizationReport:
+        return quantize_ranker(
+            parent=parent.path, output=draft.path, items=data.items, config=config
+        )
 
     return _build(
         store,
@@ -129,7 +158,7 @@ def _build(
     store: ArtifactStore,
     key: str,
     snapshot: str,
-    make: Callable[[Path], TrainingReport | PruningReport | QuantizationReport],
+    make: Callable[[Draft], TrainingReport | PruningReport | QuantizationReport],
     *,
     parents: Mapping[str, Artifact],
     config: Mapping[str, JsonValue],
@@ -140,7 +169,7 @@ def _build(
     def build(draft: Draft) -> None:
         # The report holds timings; as facts they stay out of the digest, so that the same inputs
         # give the same digest however fast the machine was.
-        draft.facts |= cast("dict[str, JsonValue]", asdict(make(draft.path)))
+        draft.facts |= cast("dict[str, JsonValue]", asdict(make(draft)))
 
     artifact = store.build(
         key,
@@ -165,15 +194,17 @@ def _without_test(data: Snapshot) -> dict[str, Artifact]:
 
 
 def weights_hash(base_model: Path) -> str:
-    """SHA-256 of the weights of a pretrained encoder.
+    """SHA-256 of the weights of a pretrained encoder, of all parts where there are several.
 
     Raises:
         ArtifactError: It has no weights.
     """
-    weights = base_model / "model.safetensors"
-    if not weights.is_file():
+    parts = sorted(base_model.glob("*.safetensors"))
+    if not parts:
         raise ArtifactError(
             f"the pretrained encoder {base_model} has no model.safetensors; fetch it with "
             "`recflow data fetch minilm` or set RECFLOW_BASE_MODEL to a folder that has one"
         )
-    return sha256_of(weights)
+    if len(parts) == 1:
+        return sha256_of(parts[0])
+    return fingerprint_of("weights", "", "", {part.name: sha256_of(part) for part in parts}, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import cache
+from functools import cache, cached_property
 
 import polars as pl
 
@@ -28,13 +28,25 @@ from recflow.data.split import SplitConfig, Splits, missing_days, split_by_time
 SPLIT_KEYS = (TRAIN, VALIDATION, TEST, ITEMS)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
-    """A stored snapshot, loaded: the catalogue and the three splits."""
+    """A stored snapshot; its tables are read when they are first asked for.
 
-    items: pl.DataFrame
-    splits: Splits
+    Attributes:
+        artifacts: The artifacts of :data:`SPLIT_KEYS`, by key.
+    """
+
     artifacts: Mapping[str, Artifact]
+
+    @cached_property
+    def items(self) -> pl.DataFrame:
+        """The catalogue."""
+        return read_frame(self.artifacts[ITEMS])
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Training, validation and test impressions."""
+        return Splits(*(read_frame(self.artifacts[key]) for key in (TRAIN, VALIDATION, TEST)))
 
 
 def build_snapshot(
@@ -105,15 +117,12 @@ def build_snapshot(
 
 
 def load_snapshot(store: ArtifactStore, snapshot: str) -> Snapshot:
-    """Load a stored snapshot.
+    """Open a stored snapshot.
 
     Raises:
         ArtifactError: A part of it is missing or altered.
     """
-    artifacts = {key: store.get(key, snapshot) for key in SPLIT_KEYS}
-    frames = {key: read_frame(artifact) for key, artifact in artifacts.items()}
-    splits = Splits(frames[TRAIN], frames[VALIDATION], frames[TEST])
-    return Snapshot(frames[ITEMS], splits, artifacts)
+    return Snapshot({key: store.get(key, snapshot) for key in SPLIT_KEYS})
 
 
 def _tables(

@@ -177,9 +177,16 @@ class Artifact:
 
 @dataclass(slots=True)
 class Draft:
-    """An artifact being built: write files below :attr:`path`, numbers into :attr:`facts`."""
+    """An artifact being built: write files below :attr:`path`, numbers into :attr:`facts`.
+
+    Attributes:
+        path: Where the files go.
+        fingerprint: Identity of what it is made from.
+        facts: Numbers about the content.
+    """
 
     path: Path
+    fingerprint: str
     facts: dict[str, JsonValue] = field(default_factory=lambda: {})
 
 
@@ -274,7 +281,7 @@ def draft_artifact(
     draft_path = path.with_name(f".{path.name}.{uuid.uuid4().hex}.draft")
     draft_path.mkdir()
     try:
-        draft = Draft(draft_path)
+        draft = Draft(draft_path, fingerprint)
         yield draft
         manifest = Manifest(
             key=key,

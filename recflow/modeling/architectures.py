@@ -338,8 +338,7 @@ class Decoder:
         rotation = self._model.rotary_emb(_float32(hidden), positions)
         return [
             {
-                # Without a mask attention is causal, and faster than with the mask that says so.
-                "attention_mask": None if window is None else (distance >= 0) & (distance < window),
+                "attention_mask": _causal_mask(distance, window),
                 "position_embeddings": rotation,
             }
             for window in self._windows()
@@ -384,6 +383,14 @@ def find_architecture(model_type: object) -> type[Architecture]:
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ConfigError.of("model_type", model_type, ", ".join(ARCHITECTURES))
     return ARCHITECTURES[model_type]
+
+
+def _causal_mask(distance: Tensor, window: int | None) -> Tensor | None:
+    """Where a token sees another; ``None`` is all tokens before it, and faster than a mask."""
+    if window is None and not torch.jit.is_tracing():  # ONNX has no attention with shared keys
+        return None
+    earlier = distance >= 0
+    return earlier if window is None else earlier & (distance < window)
 
 
 def _distances(hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from recflow.modeling.ranker import load_encoder, load_parts, load_ranker
 from recflow.modeling.texts import TextTokenizer, encode_texts
 from recflow.modeling.tracking import NullTracker
 from recflow.modeling.trainer import TrainingReport
+from recflow_tests.unit.compression.rankers import ranker_of_family
 
 QUICK = PruningConfig(
     head_share=0.25,
@@ -95,6 +96,30 @@ def test_a_pruned_layer_computes_what_the_masked_parent_computes(
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("family", "adapters", "message"),
+    [
+        ("llama", False, "encoder to prune = 'llama' is not allowed"),
+        ("distilbert", False, "encoder to prune = 'distilbert' is not allowed"),
+        ("bert", True, "strategy of the encoder to prune = 'adapters' is not allowed"),
+    ],
+)
+def test_other_encoders_are_refused_before_any_work(
+    trained: tuple[Path, TrainingReport],
+    base_model: Path,
+    items: pl.DataFrame,
+    tmp_path: Path,
+    family: str,
+    adapters: bool,
+    message: str,
+) -> None:
+    parent = ranker_of_family(family, trained[0], base_model, tmp_path, adapters=adapters)
+    nothing = pl.DataFrame()
+    with pytest.raises(ConfigError, match=message):
+        _prune(parent, tmp_path / "output", nothing, nothing, nothing)
+    assert not (tmp_path / "output").exists()
+
+
 def test_the_pruned_ranker_is_smaller_and_recovers(pruned: tuple[Path, PruningReport]) -> None:
     _, report = pruned
     assert report.heads == (3, 3)
@@ -137,7 +162,7 @@ def test_a_head_that_does_nothing_has_no_importance(
     path = trained[0]
     config = read_ranker_config(path)
     encoder, parts = load_encoder(path, config), load_parts(path, config)
-    width = encoder.head_size
+    width = prunable_layers(encoder).head_size
     with torch.no_grad():
         encoder.layers[1].attention.output.dense.weight[:, width : 2 * width] = 0
         encoder.layers[0].output.dense.weight[:, 5] = 0

@@ -20,6 +20,8 @@ from recflow.modeling.encoder import TorchRuntime, load_pretrained
 from recflow.modeling.onnx_runtime import OnnxRuntime
 from recflow.modeling.ranker import load_ranker
 from recflow.modeling.trainer import TrainingReport
+from recflow_tests.unit.compression.rankers import ranker_of_family
+from recflow_tests.unit.modeling.families import CONFIGS
 
 QUICK = QuantizationConfig(sample_texts=40, threads=1)
 
@@ -67,6 +69,27 @@ def test_the_quantized_ranker_scores_like_its_parent(
         for path in (trained[0], quantized[0])
     ]
     assert np.corrcoef(*scores)[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_is_exported_and_loaded(
+    trained: tuple[Path, TrainingReport],
+    base_model: Path,
+    items: pl.DataFrame,
+    validation: pl.DataFrame,
+    tmp_path: Path,
+    family: str,
+) -> None:
+    parent = ranker_of_family(family, trained[0], base_model, tmp_path, adapters=True)
+    output = tmp_path / "quantized"
+    output.mkdir()
+    report = quantize_ranker(parent=parent, output=output, items=items, config=QUICK)
+    assert report.parity_max_difference < 1e-5
+    scores = [
+        load_ranker(path, threads=1).scorer("x", items).score(validation).explode().to_numpy()
+        for path in (parent, output)
+    ]
+    assert np.corrcoef(*scores)[0, 1] > 0.95
 
 
 def test_quantizing_twice_gives_the_same_bytes(

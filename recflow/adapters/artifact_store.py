@@ -37,6 +37,13 @@ class ArtifactStore:
         """
         return read_artifact(self.path(key, partition))
 
+    def partitions(self, key: str) -> list[str]:
+        """Partitions of a key that are stored, sorted."""
+        folder = self.root / key
+        stored = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        # What is being built, or on its way out, has a name with a dot in front.
+        return sorted(name for name in stored if not name.startswith("."))
+
     def existing(self, key: str, partitions: Iterable[str]) -> dict[str, Artifact]:
         """Open those of ``partitions`` that are stored, in the order given."""
         return {p: self.get(key, p) for p in partitions if self.path(key, p).exists()}

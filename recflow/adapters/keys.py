@@ -14,6 +14,8 @@ VALIDATION = "splits/validation"
 TEST = "splits/test"
 ITEMS = "splits/items"
 
+CONFIGURATION = "models/configuration"
+ADAPTED_ENCODER = "models/adapted_encoder"
 FINE_TUNED = "models/fine_tuned"
 PRUNED = "models/pruned"
 QUANTIZED = "models/quantized"
@@ -21,6 +23,9 @@ QUANTIZED = "models/quantized"
 PREDICTIONS = "evaluation/predictions"
 MEASUREMENTS = "evaluation/measurements"
 REPORT = "evaluation/report"
+
+STRATEGIES_STUDY = "studies/strategies"
+LABEL_EFFICIENCY_STUDY = "studies/label_efficiency"
 
 
 def validation_of(table: str) -> str:

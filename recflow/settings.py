@@ -45,9 +45,11 @@ class Settings(BaseSettings):
         PROJECT_ROOT / ".recflow" / "sample",
         description="Folder that everything recflow writes is below",
     )
-    base_model: Path = Field(
-        PROJECT_ROOT / "data" / "base_models" / "all-MiniLM-L6-v2",
-        description="Folder of the pretrained encoder (config.json, model.safetensors, tokenizer)",
+    base_model: str = Field(
+        str(PROJECT_ROOT / "data" / "base_models" / "all-MiniLM-L6-v2"),
+        min_length=1,
+        description="Folder of the pretrained encoder (config.json, model.safetensors, "
+        "tokenizer.json), or its id on the Hugging Face hub (organisation/model)",
     )
     first_day: date = Field(date(2024, 1, 1), description="First day (UTC) of the logs")
     last_day: date | None = Field(
@@ -70,6 +72,12 @@ class Settings(BaseSettings):
     timezone: str = Field("UTC", description="IANA time zone of the nightly schedule")
     nightly_hour: int = Field(3, ge=0, le=23, description="Hour the nightly schedule runs at")
     nightly_minute: int = Field(0, ge=0, le=59, description="Minute the nightly schedule runs at")
+
+    @field_validator("base_model", mode="before")
+    @classmethod
+    def _folder_or_hub_id(cls, value: object) -> object:
+        folder = Path(value) if isinstance(value, str | Path) else None
+        return str(folder.absolute()) if folder and folder.is_dir() else str(value)
 
     @field_validator("timezone")
     @classmethod
@@ -99,6 +107,21 @@ class Settings(BaseSettings):
     def store_dir(self) -> Path:
         """Where tables and artifacts are stored."""
         return self.home / "store"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where hidden states are kept between trainings; safe to delete."""
+        return self.home / "cache"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Where trainings that run keep their state."""
+        return self.home / "checkpoints"
+
+    @property
+    def studies_dir(self) -> Path:
+        """Where configuration searches keep their trials."""
+        return self.home / "studies"
 
     @property
     def mlflow_uri(self) -> str:

@@ -59,13 +59,19 @@ class LogsResource(dg.ConfigurableResource):
 class BaseModelResource(dg.ConfigurableResource):
     """The pretrained text encoder that fine-tuning starts from."""
 
-    directory: str
-    threads: int
+    name: str
 
     @property
     def path(self) -> Path:
-        """Folder of the pretrained encoder."""
-        return Path(self.directory)
+        """Folder of the pretrained encoder, downloaded if its name is that of a model of the hub.
+
+        Raises:
+            ArtifactError: There is no such folder or model.
+            TransientError: The hub cannot be reached.
+        """
+        from recflow.modeling.base_models import resolve_base_model
+
+        return resolve_base_model(self.name)
 
 
 def make_resources() -> dict[str, object]:
@@ -75,9 +81,7 @@ def make_resources() -> dict[str, object]:
     return {
         "store": StoreResource(root=str(settings.store_dir.absolute())),
         "logs": LogsResource(source=settings.source, directory=str(settings.source_dir.absolute())),
-        "base_model": BaseModelResource(
-            directory=str(settings.base_model.absolute()), threads=settings.threads
-        ),
+        "base_model": BaseModelResource(name=settings.base_model),
         "mlflow": mlflow_resource.configured(
             {
                 "tracking_uri": settings.mlflow_uri,

@@ -41,6 +41,35 @@ def test_env_file_round_trip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert load_settings() == settings
 
 
+def test_the_base_model_is_a_folder_or_a_model_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "encoder").mkdir()
+    assert load_settings(base_model=Path("encoder")).base_model == str(tmp_path / "encoder")
+    monkeypatch.setenv("RECFLOW_BASE_MODEL", "encoder")
+    assert load_settings().base_model == str(tmp_path / "encoder")
+    # No folder has this name, so the hub is asked for it, when a step needs it.
+    monkeypatch.setenv("RECFLOW_BASE_MODEL", "intfloat/multilingual-e5-small")
+    settings = load_settings()
+    assert settings.base_model == "intfloat/multilingual-e5-small"
+    file = tmp_path / "recflow.env"
+    file.write_text(settings.to_env())
+    monkeypatch.delenv("RECFLOW_BASE_MODEL")
+    assert load_settings(file) == settings
+
+
+def test_everything_written_is_below_the_home_folder(tmp_path: Path) -> None:
+    settings = load_settings(home=tmp_path)
+    places = {
+        settings.store_dir,
+        settings.cache_dir,
+        settings.checkpoints_dir,
+        settings.studies_dir,
+    }
+    assert {place.parent for place in places} == {tmp_path}
+    assert len(places) == 4
+
+
 def test_env_file_that_is_named_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECFLOW_ENV_FILE", "nowhere.env")
     with pytest.raises(ConfigError, match=r"RECFLOW_ENV_FILE = 'nowhere.env'.*existing file"):

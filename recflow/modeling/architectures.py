@@ -84,21 +84,14 @@ class LayerShape:
     channels: int
 
 
-class Bert:
-    """BERT and the models with its layers: RoBERTa, XLM-R, CamemBERT.
-
-    These are the layers whose heads and channels can be removed.
-    """
+class Bidirectional:
+    """What most families whose tokens see the whole text have in common."""
 
     causal: ClassVar[bool] = False
-    model_arguments: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {**_SDPA, "add_pooling_layer": False}
-    )
+    model_arguments: ClassVar[Mapping[str, Any]] = _SDPA
 
     def __init__(self, model: Any) -> None:
-        """Refuse the decoder variant, whose mask is another one."""
-        if getattr(model.config, "is_decoder", False):
-            raise ConfigError.of("is_decoder", True, f"false for {model.config.model_type}")
+        """Take the model."""
         self._model = model
 
     @property
@@ -126,6 +119,23 @@ class Bert:
         """Every token sees every token."""
         del hidden
         return [{"attention_mask": mask[:, None, None, :]}] * len(self.layers)
+
+
+class Bert(Bidirectional):
+    """BERT and the models with its layers: RoBERTa, XLM-R, CamemBERT.
+
+    These are the layers whose heads and channels can be removed.
+    """
+
+    model_arguments: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {**_SDPA, "add_pooling_layer": False}
+    )
+
+    def __init__(self, model: Any) -> None:
+        """Refuse the decoder variant, whose mask is another one."""
+        if getattr(model.config, "is_decoder", False):
+            raise ConfigError.of("is_decoder", True, f"false for {model.config.model_type}")
+        super().__init__(model)
 
     @property
     def head_size(self) -> int:
@@ -170,73 +180,22 @@ class Electra(Bert):
         return embedded if project is None else project(embedded)
 
 
-class DistilBert:
+class DistilBert(Bidirectional):
     """DistilBERT."""
-
-    causal: ClassVar[bool] = False
-    model_arguments: ClassVar[Mapping[str, Any]] = _SDPA
-
-    def __init__(self, model: Any) -> None:
-        """Take the model."""
-        self._model = model
 
     @property
     def layers(self) -> nn.ModuleList:
         """The transformer layers, lowest first."""
         return self._model.transformer.layer
 
-    @property
-    def final_norm(self) -> nn.Module | None:
-        """None: each layer ends with its own."""
-        return None
 
-    @property
-    def longest_text(self) -> int:
-        """Most tokens the model has positions for."""
-        return int(self._model.config.max_position_embeddings)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Input of the lowest layer ``[texts, tokens, width]`` of ids ``[texts, tokens]``."""
-        return self._model.embeddings(input_ids=ids)
-
-    def layer_arguments(self, hidden: Tensor, mask: Tensor) -> list[LayerArguments]:
-        """Every token sees every token."""
-        del hidden
-        return [{"attention_mask": mask[:, None, None, :]}] * len(self.layers)
-
-
-class MPNet:
+class MPNet(Bidirectional):
     """MPNet: relative positions, shared by all layers, are added to the attention scores."""
 
-    causal: ClassVar[bool] = False
     # MPNet has no other implementation in transformers.
     model_arguments: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {"attn_implementation": "eager", "add_pooling_layer": False}
     )
-
-    def __init__(self, model: Any) -> None:
-        """Take the model."""
-        self._model = model
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The transformer layers, lowest first."""
-        return self._model.encoder.layer
-
-    @property
-    def final_norm(self) -> nn.Module | None:
-        """None: each layer ends with its own."""
-        return None
-
-    @property
-    def longest_text(self) -> int:
-        """Most tokens the model has positions for."""
-        config = self._model.config
-        return int(config.max_position_embeddings) - self._model.embeddings.padding_idx - 1
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Input of the lowest layer ``[texts, tokens, width]`` of ids ``[texts, tokens]``."""
-        return self._model.embeddings(input_ids=ids)
 
     def layer_arguments(self, hidden: Tensor, mask: Tensor) -> list[LayerArguments]:
         """Every token sees every token, by distance."""
@@ -248,15 +207,8 @@ class MPNet:
         return [arguments] * len(self.layers)
 
 
-class ModernBert:
+class ModernBert(Bidirectional):
     """ModernBERT: rotary positions; most layers see a window of tokens around each token."""
-
-    causal: ClassVar[bool] = False
-    model_arguments: ClassVar[Mapping[str, Any]] = _SDPA
-
-    def __init__(self, model: Any) -> None:
-        """Take the model."""
-        self._model = model
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -267,15 +219,6 @@ class ModernBert:
     def final_norm(self) -> nn.Module | None:
         """Normalisation above the last layer."""
         return self._model.final_norm
-
-    @property
-    def longest_text(self) -> int:
-        """Most tokens the model has positions for."""
-        return int(self._model.config.max_position_embeddings)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Input of the lowest layer ``[texts, tokens, width]`` of ids ``[texts, tokens]``."""
-        return self._model.embeddings(input_ids=ids)
 
     def layer_arguments(self, hidden: Tensor, mask: Tensor) -> list[LayerArguments]:
         """Tokens see all tokens, or those at most ``sliding_window`` away."""
@@ -387,7 +330,7 @@ def find_architecture(model_type: object) -> type[Architecture]:
 
 def _causal_mask(distance: Tensor, window: int | None) -> Tensor | None:
     """Where a token sees another; ``None`` is all tokens before it, and faster than a mask."""
-    if window is None and not torch.jit.is_tracing():  # ONNX has no attention with shared keys
+    if window is None and not torch.onnx.is_in_onnx_export():  # the exporter needs one
         return None
     earlier = distance >= 0
     return earlier if window is None else earlier & (distance < window)

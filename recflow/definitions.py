@@ -14,10 +14,12 @@ from recflow.defs.models import assets as models
 from recflow.defs.prepare import assets as prepare
 from recflow.defs.resources import make_resources, settings
 from recflow.defs.schedules import SCHEDULES
+from recflow.defs.search import assets as search
 from recflow.defs.splits import assets as splits
+from recflow.defs.studies import assets as studies
 from recflow.defs.tracking import tracked_executor, tracking_sensors
 
-STAGES = [ingest, prepare, features, splits, models, evaluation]
+STAGES = [ingest, prepare, features, splits, search, models, evaluation, studies]
 
 # A nightly retraining that succeeded is at most this old.
 FRESH_FOR = timedelta(hours=36)

@@ -1,4 +1,4 @@
-"""Jobs people start by name: ingest a day, train a snapshot, or all of it."""
+"""Jobs people start by name: ingest a day, train a snapshot, or all of it; search and study."""
 
 import dagster as dg
 
@@ -25,4 +25,16 @@ full_job = dg.define_asset_job(
     config=_CONSOLE,
     description="Everything for one day: ingest it, then train the snapshot that ends with it.",
 )
-JOBS = [ingest_job, train_job, full_job]
+search_job = dg.define_asset_job(
+    "search",
+    selection=dg.AssetSelection.groups("search"),
+    config=_CONSOLE,
+    description="Search the training configuration on a snapshot; later trainings read it.",
+)
+studies_job = dg.define_asset_job(
+    "studies",
+    selection=dg.AssetSelection.groups("studies"),
+    config=_CONSOLE,
+    description="Compare what the training engine can do on a snapshot; takes hours.",
+)
+JOBS = [ingest_job, train_job, full_job, search_job, studies_job]

@@ -19,7 +19,10 @@ from recflow.defs.partitions import (
 )
 
 SNAPSHOT = Path(__file__).with_name("lineage.txt")
-HEAVY = {"torch", "transformers", "mlflow", "dagster_mlflow", "great_expectations", "evidently"}
+HEAVY = {
+    *("torch", "transformers", "peft", "optuna", "mlflow", "dagster_mlflow"),
+    *("great_expectations", "evidently"),
+}
 GRAPH = defs.resolve_asset_graph()
 NODES = [GRAPH.get(key) for key in sorted(GRAPH.get_all_asset_keys())]
 MADE = [node for node in NODES if node.is_materializable]
@@ -85,7 +88,7 @@ def test_days_can_be_ingested_in_one_run() -> None:
 
 def test_model_steps_share_a_pool() -> None:
     for node in MADE:
-        if node.group_name == "models":
+        if node.group_name in {"models", "search", "studies"}:
             assert GRAPH.get(node.key).pools == {"compute"}
 
 
@@ -107,7 +110,10 @@ def test_jobs_cover_the_lineage() -> None:
 
     assert assets_of("ingest") | assets_of("train") == assets_of("full")
     assert assets_of("ingest") & assets_of("train") == set()
-    assert assets_of("full") == {node.key for node in MADE}
+    beside = assets_of("search") | assets_of("studies")
+    assert assets_of("full") & beside == set()
+    assert assets_of("full") | beside == {node.key for node in MADE}
+    assert assets_of("search") == {dg.AssetKey(["models", "configuration"])}
 
 
 def test_window_keys_end_with_the_day_and_cross_months() -> None:

@@ -24,7 +24,11 @@ TRAIN = "group:splits or group:models or group:evaluation"
 # Enough to run every line, not enough to learn much.
 QUICK: dict[str, Any] = {
     "models__fine_tuned": {
-        "config": {"head_epochs": 1, "encoder_epochs": 1, "tuned_layers": 1, "max_tokens": 32}
+        "config": {
+            "max_tokens": 32,
+            "tuning": {"tuned_layers": 1},
+            "schedule": {"head_epochs": 1, "encoder_epochs": 1},
+        }
     },
     "models__pruned": {"config": {"recovery_steps": 5}},
     "evaluation__predictions": {"config": {"catalogue_sample": 50}},

@@ -6,7 +6,16 @@ from typing import Any, Literal
 import dagster as dg
 from pydantic import Field
 
-from recflow.adapters.keys import FINE_TUNED, ITEMS, PRUNED, QUANTIZED, TRAIN, VALIDATION
+from recflow.adapters.keys import (
+    ADAPTED_ENCODER,
+    CONFIGURATION,
+    FINE_TUNED,
+    ITEMS,
+    PRUNED,
+    QUANTIZED,
+    TRAIN,
+    VALIDATION,
+)
 from recflow.adapters.mlflow_tracking import MlflowTracker
 from recflow.adapters.parquet_io import row_count
 from recflow.core.artifacts import Artifact
@@ -19,6 +28,8 @@ from recflow.defs.common import (
     daily_asset,
     keys_of,
 )
+from recflow.defs.models.run_config import DEFAULTS, TrainingKeys, training_values
+from recflow.defs.partitions import EARLIER
 from recflow.defs.resources import BaseModelResource, StoreResource, settings
 from recflow.defs.tracking import run_metadata, tracker_of
 
@@ -31,27 +42,24 @@ pretrained_spec = dg.AssetSpec(
     group_name=GROUP,
     owners=OWNERS,
     kinds={"huggingface"},
-    description="The pretrained text encoder that fine-tuning starts from (all-MiniLM-L6-v2).",
+    description="The pretrained text encoder that training starts from: a folder, or a model of "
+    "the Hugging Face hub (all-MiniLM-L6-v2 by default).",
 )
 
 
-class FineTuningConfig(Rebuild):
-    """How the encoder and the user model are trained; see ``TrainingConfig`` for the limits."""
+class FineTuningConfig(TrainingKeys):
+    """How the encoder and the user model are trained.
 
-    strategy: Literal["frozen", "top_k_layers"] = Field(
-        "top_k_layers", description="Which encoder weights learn"
+    A key that is set wins over the found configuration, which wins over the default.
+    """
+
+    configuration: Literal["found", "ignore"] = Field(
+        "found",
+        description="found: use the newest models/configuration of this day or before, if any",
     )
-    tuned_layers: int = Field(2, description="Last layers that top_k_layers trains")
-    max_tokens: int = Field(64, description="Longest text in tokens")
-    negatives: int = Field(8, description="Non-clicked candidates sampled for a click")
-    clicks_per_impression: int = Field(4, description="Clicks of an impression used an epoch")
-    max_impressions_per_epoch: int = Field(20_000, description="Impressions used an epoch")
-    head_epochs: int = Field(4, description="Epochs of the user model on frozen vectors")
-    encoder_epochs: int = Field(2, description="Epochs of encoder and user model together")
-    max_texts_per_step: int = Field(256, description="Distinct items encoded with gradient a step")
-    head_learning_rate: float = Field(2e-3, description="Peak learning rate of the user model")
-    encoder_learning_rate: float = Field(5e-5, description="Peak learning rate of the encoder")
-    patience: int = Field(2, description="Epochs without a better validation AUC until the end")
+    start_from: Literal["pretrained", "adapted"] = Field(
+        "pretrained", description="adapted: start from models/adapted_encoder of this day"
+    )
 
 
 class PruningRunConfig(Rebuild):
@@ -72,11 +80,15 @@ class QuantizationRunConfig(Rebuild):
     FINE_TUNED,
     group=GROUP,
     kinds={"pytorch", "huggingface"},
-    deps=[pretrained_spec, *keys_of([TRAIN, VALIDATION, ITEMS])],
+    deps=[
+        pretrained_spec,
+        *keys_of([TRAIN, VALIDATION, ITEMS, ADAPTED_ENCODER]),
+        dg.AssetDep(CONFIGURATION.split("/"), partition_mapping=EARLIER),
+    ],
     pool=POOL,
-    code_version="1",
-    description="The encoder's last layers and a user model over the click history, trained on "
-    "the snapshot's clicks; the best epoch on validation is kept.",
+    code_version="2",
+    description="The text encoder and a user model over the click history, trained on the "
+    "snapshot's clicks; the best epoch on validation is kept.",
 )
 def fine_tuned(
     context: dg.AssetExecutionContext,
@@ -87,25 +99,36 @@ def fine_tuned(
 ) -> dg.MaterializeResult:
     """Fine-tune the encoder."""
     from recflow.adapters.models import build_fine_tuned
-    from recflow.modeling.trainer import TrainingConfig
+    from recflow.adapters.training_inputs import training_inputs
 
+    inputs = training_inputs(
+        store.open(),
+        context.partition_key,
+        base_model=base_model.path,
+        defaults=DEFAULTS,
+        explicit=training_values(config),
+        configuration=config.configuration,
+        start_from=config.start_from,
+    )
     with tracker_of(mlflow, prefix="fine_tuned.") as tracker:
         artifact = build_fine_tuned(
             store.open(),
             context.partition_key,
-            base_model=base_model.path,
-            config=TrainingConfig(
-                **_library_arguments(config),
-                history_length=settings.max_history,
-                seed=settings.seed,
-                threads=settings.threads,
-            ),
+            base_model=inputs.base_model,
+            config=inputs.config,
+            parents=inputs.parents,
+            cache_directory=settings.cache_dir,
+            checkpoints=settings.checkpoints_dir,
             tracker=tracker,
             code_version=code_version_of(context),
             rebuild=config.rebuild,
         )
         _log_datasets(tracker, store, context.partition_key)
-    return _model_result(FINE_TUNED, artifact, mlflow)
+    extra = {
+        "configuration_found_in": inputs.found_in or "none",
+        "values_that_differ_from_the_defaults": dict(inputs.changed),
+    }
+    return _model_result(FINE_TUNED, artifact, mlflow, extra)
 
 
 @daily_asset(
@@ -186,10 +209,12 @@ def _library_arguments(config: Rebuild) -> dict[str, Any]:
     return {name: value for name, value in config.model_dump().items() if name != "rebuild"}
 
 
-def _model_result(key: str, artifact: Artifact, mlflow: Any) -> dg.MaterializeResult:
+def _model_result(
+    key: str, artifact: Artifact, mlflow: Any, values: Mapping[str, Any] | None = None
+) -> dg.MaterializeResult:
     epochs = artifact.facts.get("epochs")
-    extra: dict[str, Any] = {**run_metadata(mlflow)}
+    extra: dict[str, Any] = {**run_metadata(mlflow), **(values or {})}
     if isinstance(epochs, list):
         points = [epoch for epoch in epochs if isinstance(epoch, Mapping)]
-        extra["learning_curve"] = curve_plot(points, "validation_auc")
+        extra["learning_curve"] = curve_plot(points, "validation")
     return artifact_result(key, artifact, extra)

@@ -1,0 +1,1 @@
+"""Studies: what a choice of the training engine costs and gains."""

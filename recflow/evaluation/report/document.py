@@ -23,6 +23,7 @@ from recflow.evaluation.evaluator import (
     ScorerResult,
     SegmentResult,
 )
+from recflow.evaluation.label_efficiency import LabelShare
 from recflow.evaluation.metrics import METRICS
 from recflow.evaluation.report.context import ReportContext
 
@@ -96,6 +97,7 @@ def document_of(
             model: [{key: _number(value) for key, value in point.items()} for point in points]
             for model, points in context.training.items()
         },
+        "label_efficiency": [_label_share(row) for row in context.label_efficiency],
         "provenance": {
             "command": context.command,
             "links": dict(context.links),
@@ -126,7 +128,7 @@ def _scorer(
     return {
         "name": result.name,
         "board": result.board,
-        "metrics": {name: _estimate(value) for name, value in result.metrics.items()},
+        "metrics": _estimates(result.metrics),
         "reference": _comparison(result.reference),
         "parent": _comparison(result.parent),
         "relative_to_parent": _relative(result.name, parent, evaluation, costs),
@@ -150,6 +152,20 @@ def _scorer(
     }
 
 
+def _label_share(row: LabelShare) -> JsonValue:
+    return {
+        "share": _number(row.share),
+        "impressions": row.impressions,
+        "pretrained": _estimates(row.pretrained),
+        "adapted": _estimates(row.adapted),
+        "difference": _estimates(row.difference),
+    }
+
+
+def _estimates(estimates: Mapping[str, Estimate]) -> Json:
+    return {name: _estimate(estimate) for name, estimate in estimates.items()}
+
+
 def _estimate(estimate: Estimate) -> Json:
     return {
         "value": _number(estimate.value),
@@ -161,8 +177,7 @@ def _estimate(estimate: Estimate) -> Json:
 def _comparison(comparison: Comparison | None) -> JsonValue:
     if comparison is None:
         return None
-    differences: Json = {name: _estimate(value) for name, value in comparison.differences.items()}
-    return {"name": comparison.other, "differences": differences}
+    return {"name": comparison.other, "differences": _estimates(comparison.differences)}
 
 
 def _segment(segment: SegmentResult) -> Json:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from recflow.core.measurement import Measurement
 from recflow.evaluation.baselines import OracleScorer
 from recflow.evaluation.evaluator import BOARDS, Board, Evaluation
+from recflow.evaluation.label_efficiency import METRICS as LABEL_METRICS
 from recflow.evaluation.metrics import METRICS, RANKING_METRICS, RETRIEVAL_CUTOFFS, TOP_K
 from recflow.evaluation.report import charts
 from recflow.evaluation.report.context import ReportContext
@@ -60,6 +61,8 @@ def report_html(
             ranking_metrics=RANKING_METRICS,
             probability_metrics=_PROBABILITY_METRICS,
             retrieval_metrics=_RETRIEVAL_METRICS,
+            label_metrics=LABEL_METRICS,
+            label_infos=METRICS,
         )
     )
 

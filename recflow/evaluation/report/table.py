@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from recflow.core.measurement import Measurement
 from recflow.evaluation.evaluator import BOARDS, Board, Estimate, Evaluation, ScorerResult
+from recflow.evaluation.label_efficiency import METRICS as LABEL_METRICS
+from recflow.evaluation.label_efficiency import LabelShare
 from recflow.evaluation.metrics import METRICS
 from recflow.evaluation.report.context import ReportContext
 
@@ -31,6 +33,8 @@ def result_table(
         f"{config.cluster}s"
     )
     tables = [_board_table(evaluation, board, costs) for board in BOARDS if evaluation.board(board)]
+    if context.label_efficiency:
+        tables.append(_label_efficiency_table(context.label_efficiency))
     return "\n\n".join([heading, *tables])
 
 
@@ -51,6 +55,23 @@ def _board_table(evaluation: Evaluation, board: Board, costs: dict[str, Measurem
                 *_cost(costs.get(result.name)),
             ]
         )
+    return _aligned(lines)
+
+
+def _label_efficiency_table(rows: Sequence[LabelShare]) -> str:
+    lines = [["labels", "impressions"]]
+    for name in LABEL_METRICS:
+        label = METRICS[name].label
+        lines[0] += [f"{label} pretrained", f"{label} adapted", "difference"]
+    for row in rows:
+        line = [f"{row.share * 100:g} %", f"{row.impressions:,}"]
+        for name in LABEL_METRICS:
+            line += [
+                _with_interval(row.pretrained[name], ".4f"),
+                _with_interval(row.adapted[name], ".4f"),
+                _with_interval(row.difference[name], "+.4f"),
+            ]
+        lines.append(line)
     return _aligned(lines)
 
 

@@ -18,6 +18,7 @@ from recflow.evaluation.evaluator import (
     evaluate,
     predict,
 )
+from recflow.evaluation.label_efficiency import LabelShare
 from recflow.evaluation.report import (
     SCHEMA_VERSION,
     ReportContext,
@@ -60,6 +61,15 @@ CONTEXT = ReportContext(
     row_counts={"items": 60, "train": 12_300},
     quarantine={"malformed_field": 12},
     training={"models/fine_tuned": [{"epoch": 1, "loss": 1.5}, {"epoch": 2, "loss": 1.25}]},
+    label_efficiency=[
+        LabelShare(
+            share=0.01,
+            impressions=123,
+            pretrained={"auc": Estimate(0.52, 0.5, 0.54), "ndcg@10": Estimate(0.41, 0.4, 0.42)},
+            adapted={"auc": Estimate(0.55, 0.53, 0.57), "ndcg@10": Estimate(0.4, 0.39, 0.41)},
+            difference={"auc": Estimate(0.03, 0.01, 0.05), "ndcg@10": Estimate(-0.01, -0.02, 0.0)},
+        )
+    ],
     links={"MLflow run": "http://localhost:5000/#/runs/1", "odd": "javascript:alert(1)"},
     versions={"polars": "2.1.0"},
     parents={"models/fine_tuned": "a" * 64},
@@ -263,7 +273,7 @@ def test_page_without_extras_is_still_a_page(evaluation: Evaluation) -> None:
 
 
 def test_table_has_a_row_a_scorer_on_its_board(evaluation: Evaluation) -> None:
-    heading, content, counters = result_table(evaluation, MEASUREMENTS, CONTEXT).split("\n\n")
+    heading, content, counters, _ = result_table(evaluation, MEASUREMENTS, CONTEXT).split("\n\n")
     assert heading.startswith("Models as of 2026-03-03 – Simulated logs\n")
     names = [line.split()[0] for line in content.splitlines()[2:]]
     assert names == [result.name for result in evaluation.board("content-only")]
@@ -281,3 +291,28 @@ def test_importing_the_evaluation_stays_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# learning with few labels
+
+
+def test_every_form_shows_what_adapting_gained(evaluation: Evaluation, page: str) -> None:
+    (row,) = json.loads(report_json(evaluation, MEASUREMENTS, CONTEXT))["label_efficiency"]
+    assert (row["share"], row["impressions"]) == (0.01, 123)
+    assert row["difference"]["auc"] == {"value": 0.03, "low": 0.01, "high": 0.05}
+    (table,) = [table for table in Page(page).tables if "adapted" in table]
+    for text in ("1%", "123 impressions", "0.5200", "0.5500", "+0.0300", "−0.0100"):
+        assert text in table
+    # The AUC's interval excludes zero, that of nDCG touches it.
+    assert '<span class="better">+0.0300</span>' in page
+    assert '<span class="unclear">−0.0100</span>' in page
+    last = result_table(evaluation, MEASUREMENTS, CONTEXT).splitlines()[-1]
+    assert last.split()[:3] == ["1", "%", "123"]
+    assert "+0.0300 [+0.0100, +0.0500]" in last
+
+
+def test_a_report_without_the_study_does_not_mention_it(evaluation: Evaluation) -> None:
+    bare = dataclasses.replace(CONTEXT, label_efficiency=())
+    assert "few labels" not in report_html(evaluation, MEASUREMENTS, bare).lower()
+    assert "adapted" not in result_table(evaluation, MEASUREMENTS, bare)
+    assert json.loads(report_json(evaluation, MEASUREMENTS, bare))["label_efficiency"] == []

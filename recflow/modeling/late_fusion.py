@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+START_SPREAD = 0.3  # standard deviation of untrained scores, about
 _HIDDEN_LOGIT = -1e4  # finite, so that a fully hidden row has no NaN gradient
 
 
@@ -45,7 +47,7 @@ class LateFusion(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_scale", torch.ones(features))
         self.linear = nn.Linear(features, 1)
-        nn.init.constant_(self.linear.weight, 0.3 * channels / features)
+        nn.init.constant_(self.linear.weight, START_SPREAD * channels / features)
         self.network: nn.Sequential | None = None
         if fusion == "learned":
             self.sharpness = nn.Parameter(torch.full((channels,), 10.0))
@@ -118,9 +120,10 @@ def small_network(inputs: int, width: int) -> nn.Sequential:
 
 def _similarities(vectors: Tensor, clicks: Tensor, slate: Tensor) -> Tensor:
     """Inner products ``[users, slate, clicks]``; a shared slate is not copied for each user."""
+    clicked = functional.embedding(clicks, vectors)  # its backward pass is cheaper than indexing's
     if len(slate) == 1:
-        return (vectors[clicks] @ vectors[slate[0]].T).transpose(1, 2)
-    return vectors[slate] @ vectors[clicks].transpose(1, 2)
+        return (clicked @ vectors[slate[0]].T).transpose(1, 2)
+    return functional.embedding(slate, vectors) @ clicked.transpose(1, 2)
 
 
 def _mean(similarity: Tensor, visible: Tensor) -> Tensor:

@@ -233,12 +233,12 @@ class UserModel(nn.Module):
 def fit_feature_scale(
     model: UserModel, items: ItemStates, history: Tensor, candidates: Tensor
 ) -> None:
-    """Set the scale of late fusion's features from a sample of training impressions.
+    """Set the scale of what is compared from a sample of training impressions.
 
-    Users without history and padding do not count; other kinds of user model have no such scale.
+    Users without history and padding do not count.
     """
     known = (candidates >= 0) & (history >= 0).any(dim=1, keepdim=True)
-    if isinstance(model.fit, LateFusion) and known.any():
+    if known.any():
         with torch.no_grad():
             model.fit.fit_scale(items.channels, history, candidates.clamp(min=0), known)
 

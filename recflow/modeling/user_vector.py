@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from recflow.modeling.late_fusion import attention
+from recflow.modeling.late_fusion import START_SPREAD, attention
 
-_START_SCALE = 10.0  # inner products of centred unit vectors are about a tenth
 _SPREAD = 0.02
 
 
@@ -15,6 +15,9 @@ class UserVector(nn.Module):
     """Scores by the inner product of a candidate with a vector made of the clicks.
 
     A user without clicks gets a learned default vector.
+
+    Attributes:
+        scale: What inner products are multiplied by.
     """
 
     def __init__(self, pooling: nn.Module, *, width: int, dropout: float) -> None:
@@ -29,7 +32,7 @@ class UserVector(nn.Module):
         super().__init__()
         self.pooling = pooling
         self.default = nn.Parameter(torch.zeros(width))
-        self.scale = nn.Parameter(torch.tensor(_START_SCALE))
+        self.scale = nn.Parameter(torch.ones(()))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, channels: tuple[Tensor, ...], history: Tensor, candidates: Tensor) -> Tensor:
@@ -41,10 +44,22 @@ class UserVector(nn.Module):
             candidates: Row of each candidate, ``[users, slate]`` or ``[1, slate]``.
         """
         vectors = torch.cat(channels, dim=-1)
+        users = self.dropout(self._users(vectors, history))
+        return self.scale * inner_products(users, vectors, candidates)
+
+    def fit_scale(
+        self, channels: tuple[Tensor, ...], history: Tensor, candidates: Tensor, known: Tensor
+    ) -> None:
+        """Start from the scale under which the ``known`` candidates differ a little."""
+        vectors = torch.cat(channels, dim=-1)
+        products = inner_products(self._users(vectors, history), vectors, candidates)
+        self.scale.fill_(START_SPREAD / products[known].std(correction=0).clamp(min=1e-3))
+
+    def _users(self, vectors: Tensor, history: Tensor) -> Tensor:
+        """Vectors of the users, ``[users, width]``."""
         seen = history >= 0
-        users = self.pooling(vectors[history.clamp(min=0)], seen)
-        users = torch.where(seen.any(dim=1, keepdim=True), users, self.default)
-        return self.scale * inner_products(self.dropout(users), vectors, candidates)
+        users = self.pooling(functional.embedding(history.clamp(min=0), vectors), seen)
+        return torch.where(seen.any(dim=1, keepdim=True), users, self.default)
 
 
 class MeanPooling(nn.Module):
@@ -112,4 +127,4 @@ def inner_products(users: Tensor, vectors: Tensor, candidates: Tensor) -> Tensor
     """
     if len(candidates) == 1:
         return users @ vectors[candidates[0]].T
-    return (vectors[candidates] @ users[..., None]).squeeze(-1)
+    return (functional.embedding(candidates, vectors) @ users[..., None]).squeeze(-1)

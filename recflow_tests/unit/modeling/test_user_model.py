@@ -229,12 +229,16 @@ def test_nothing_to_fit_the_scale_on_leaves_it(vectors: Tensor) -> None:
     assert model.fit.feature_mean.abs().sum() == 0
 
 
-def test_a_user_vector_has_no_scale_to_fit(vectors: Tensor) -> None:
-    model = build(kind="mean")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    fit_feature_scale(model, describe(model, vectors), torch.tensor([[0]]), torch.tensor([[1]]))
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+@pytest.mark.parametrize("kind", ["mean", "attentive", "multi_head"])
+def test_a_user_vector_starts_with_scores_that_differ_a_little(kind: str, vectors: Tensor) -> None:
+    model = build(kind=kind)
+    items = describe(model, vectors)
+    history = torch.tensor([[0, 1], [-1, -1], [2, 4]])
+    slates = torch.tensor([[2, 3, -1], [0, 1, 2], [0, 1, 3]])
+    fit_feature_scale(model, items, history, slates)
+    fit = model(items, history, slates) - items.appeal[slates]
+    seen = torch.cat([fit[0, :2], fit[2]])  # neither padding nor the cold user
+    assert seen.std(correction=0).item() == pytest.approx(0.3, abs=1e-4)
 
 
 # One vector of the user

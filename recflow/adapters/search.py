@@ -102,13 +102,8 @@ def found_values(configuration: Artifact) -> dict[str, Value]:
     return json.loads(text)["values"]
 
 
-def importances(configuration: Artifact) -> dict[str, float]:
-    """Share of each key in what the metric of the trials differed by; empty after few trials."""
-    return cast("dict[str, float]", configuration.facts["importances"])
-
-
 def trials_table(configuration: Artifact) -> str:
-    """The trials of a search as a Markdown table."""
+    """The trials of a search as a Markdown table, with the importance of each key if known."""
     trials = json.loads(configuration.file(TRIALS_NAME).read_text(encoding="utf-8"))
     facts = configuration.facts
     seconds = cast("list[float]", facts["trial_seconds"])
@@ -118,6 +113,9 @@ def trials_table(configuration: Artifact) -> str:
         state = "**best**" if number == facts["best_trial"] else trial["state"]
         values = [_cell(trial["values"].get(key)) for key in keys]
         rows.append([str(number), state, _cell(trial["metric"]), f"{seconds[number]:.0f}", *values])
+    shares = cast("dict[str, float]", facts["importances"])
+    if shares:
+        rows.append(["", "importance", "", "", *(f"{shares.get(key, 0):.0%}" for key in keys)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

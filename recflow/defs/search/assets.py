@@ -6,7 +6,7 @@ import dagster as dg
 from pydantic import Field
 
 from recflow.adapters.keys import CONFIGURATION, ITEMS, TRAIN, VALIDATION
-from recflow.defs.common import artifact_result, bar_plot, code_version_of, daily_asset, keys_of
+from recflow.defs.common import artifact_result, code_version_of, daily_asset, keys_of
 from recflow.defs.models.assets import POOL, pretrained_spec
 from recflow.defs.models.run_config import TrainingKeys, training_config
 from recflow.defs.resources import BaseModelResource, StoreResource, settings
@@ -51,7 +51,7 @@ def configuration(
     mlflow: dg.ResourceParam[Any],
 ) -> dg.MaterializeResult:
     """Search the training configuration."""
-    from recflow.adapters.search import build_configuration, importances, trials_table
+    from recflow.adapters.search import build_configuration, trials_table
 
     with tracker_of(mlflow, prefix="search.") as tracker:
         artifact = build_configuration(
@@ -73,7 +73,6 @@ def configuration(
         )
     extra = {
         "trials_table": dg.MetadataValue.md(trials_table(artifact)),
-        "importance_of_keys": bar_plot(importances(artifact), "share of the differences"),
         **run_metadata(mlflow),
     }
     return artifact_result(CONFIGURATION, artifact, extra)

@@ -10,7 +10,7 @@ import pytest
 
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import CONFIGURATION, ITEMS, TEST, TRAIN, VALIDATION
-from recflow.adapters.search import build_configuration, found_values, importances, trials_table
+from recflow.adapters.search import build_configuration, found_values, trials_table
 from recflow.core.artifacts import Artifact
 from recflow.core.errors import ConfigError
 from recflow.modeling.search_space import Choices, Range, SearchConfig
@@ -68,7 +68,6 @@ def test_what_was_found_and_what_it_was_made_from(found: Artifact) -> None:
     assert found.facts["best_metric"] >= found.facts["base_metric"]  # type: ignore[operator]
     assert set(found.manifest.parents) == {TRAIN, VALIDATION, ITEMS}
     assert TEST not in found.manifest.parents
-    assert importances(found) == {}
 
 
 def test_the_table_shows_every_trial_and_marks_the_best(found: Artifact) -> None:
@@ -78,6 +77,13 @@ def test_the_table_shows_every_trial_and_marks_the_best(found: Artifact) -> None
     best = found.facts["best_trial"]
     assert [("**best**" in row) for row in rows] == [number == best for number in range(4)]
     assert f"{BASE.optimiser.head_learning_rate:.4g} | late_fusion" in rows[0]
+
+
+def test_the_table_shows_what_mattered_where_that_is_known(found: Artifact) -> None:
+    facts: dict[str, Any] = {**found.facts, "importances": {"user_model.kind": 0.75}}
+    manifest = dataclasses.replace(found.manifest, facts=facts)
+    last = trials_table(dataclasses.replace(found, manifest=manifest)).splitlines()[-1]
+    assert last == "|  | importance |  |  | 0% | 75% |"
 
 
 def test_files_hold_no_timings(found: Artifact) -> None:

@@ -122,14 +122,14 @@ def run_demo(
         f"Snapshot {settings.last_day}: {settings.window_days} days from {settings.first_day}, "
         f"of these {settings.validation_days} for validation and {settings.test_days} for the test"
     )
-    _materialise(
+    materialise(
         deployment,
         INGEST_SELECTION,
         ["--partition-range", f"{settings.first_day}...{settings.last_day}"],
         {},
         say,
     )
-    _materialise(
+    materialise(
         deployment,
         TRAIN_SELECTION,
         ["--partition", str(settings.last_day)],
@@ -216,30 +216,25 @@ def simulate_logs(config: SimulationConfig, folder: Path) -> Path:
     return draft.rename(folder)
 
 
-def _logs(data: str, directory: Path | None, say: Callable[[str], None]) -> Path:
-    if directory is not None:
-        return directory
-    if data == "movielens":
-        return fetch_films()
-    if data == "simulated":
-        folder, config = home_of(data) / "logs", SimulationConfig()
-        if not folder.exists():
-            say(f"Simulating a news log of {config.impressions:,} impressions")
-            simulate_logs(config, folder)
-        return folder
-    raise ConfigError(
-        f"DATA={data} needs the folder of your logs: make demo DATA={data} DIR=folder "
-        "(data/README.md says which files it must hold)"
-    )
-
-
-def _materialise(
+def materialise(
     deployment: Deployment,
     selection: str,
     partition: Sequence[str],
     ops: Mapping[str, JsonValue],
     say: Callable[[str], None],
 ) -> None:
+    """Run ``dagster asset materialize`` in a deployment, and say how to run it by hand.
+
+    Args:
+        deployment: Where to run it.
+        selection: Assets, in Dagster's selection syntax.
+        partition: Options that choose the partition.
+        ops: Run config by op name.
+        say: Receives lines for the user.
+
+    Raises:
+        RecflowError: The run failed.
+    """
     # One process: on a small machine loading the libraries anew for each step costs more than
     # running steps side by side gains.
     config: dict[str, JsonValue] = {
@@ -259,3 +254,20 @@ def _materialise(
     )
     if process.returncode:
         raise RecflowError("the run failed; the lines above say at which step and why")
+
+
+def _logs(data: str, directory: Path | None, say: Callable[[str], None]) -> Path:
+    if directory is not None:
+        return directory
+    if data == "movielens":
+        return fetch_films()
+    if data == "simulated":
+        folder, config = home_of(data) / "logs", SimulationConfig()
+        if not folder.exists():
+            say(f"Simulating a news log of {config.impressions:,} impressions")
+            simulate_logs(config, folder)
+        return folder
+    raise ConfigError(
+        f"DATA={data} needs the folder of your logs: make demo DATA={data} DIR=folder "
+        "(data/README.md says which files it must hold)"
+    )

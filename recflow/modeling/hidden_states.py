@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -42,6 +43,7 @@ from recflow.modeling.encoder import TextEncoder, weights_digest
 from recflow.modeling.texts import Rows
 
 _LAYOUT: Final = "1"  # part of the key: raise it when states or files change
+_KEY: Final = re.compile("[0-9a-f]{64}")
 _SUFFIX: Final = ".safetensors"
 _HASH_BYTES: Final = 16
 _SEGMENT_BYTES: Final = 64 * 1024**2  # serialising takes about three times this much memory
@@ -59,7 +61,7 @@ class HiddenStates:
         lengths: Tokens of each text.
         seconds: Time spent computing what was missing.
         computed: Texts computed for this call, here or by a process that shares the work.
-        reused: Texts that were there already.
+        reused: Texts that were there already; like ``computed``, equal ones count once.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class HiddenStates:
         segments = list(dict.fromkeys(place.segment for place in found))
         number_of = {segment: number for number, segment in enumerate(segments)}
         self.lengths, self.seconds, self.computed = lengths, seconds, computed
-        self.reused = len(found) - computed
+        self.reused = len({(place.segment, place.start) for place in found}) - computed
         self._empty = empty
         self._states = [segment.states for segment in segments]
         self._segments = np.array([number_of[place.segment] for place in found], dtype=np.int64)
@@ -127,13 +129,13 @@ class HiddenStateStore:
             on_texts: Told how many texts were computed after each batch.
             share: Number of this process and of all that fill the store together. Each computes
                 its part of what is missing, and whatever of the others' parts it cannot see.
-            barrier: Waits for the other processes; called twice by each of them.
+            barrier: Waits for the other processes; each calls it as often as the others.
 
         Raises:
             ConfigError: The states need more than ``max_bytes``, the folder cannot be written, or
                 ``precision`` is unknown.
             ArtifactError: A segment is damaged or belongs to another key.
-            TransientError: The disk is full.
+            TransientError: The disk is full, or another run takes the room.
         """
         if precision not in _DTYPES:
             raise ConfigError.of("precision", precision, ", ".join(_DTYPES))
@@ -144,34 +146,22 @@ class HiddenStateStore:
         distinct = dict(zip(hashes, tokens, strict=True))
         self._require_fit(sum(map(len, distinct.values())) * computer.token_bytes, len(distinct))
 
-        rank, world = share
-        if rank == 0:
+        if share[0] == 0:
             missing = _missing(distinct, folder.open())
             room = sum(len(distinct[text]) for text in missing) * computer.token_bytes
             self._make_room(folder, room)
         barrier()
-        stored = folder.open()
-        missing = _missing(distinct, stored)
+        missing = _missing(distinct, folder.open())
+        barrier()  # all must see the same as missing before anybody adds to it
         started = time.monotonic()
-        computer.fill(folder, distinct, missing[rank::world], on_texts)
-        barrier()
-        stored = folder.open()
-        # Where the processes share no disk, or another run made room for itself meanwhile.
-        left = _missing(distinct, stored)
-        if left:
-            computer.fill(folder, distinct, left, on_texts)
-            stored = folder.open()
-        seconds = time.monotonic() - started
-        try:
-            found = [stored[text] for text in hashes]
-        except KeyError:
-            raise TransientError(
-                f"{folder.path} loses segments while it is filled; another run makes room for "
-                "itself. Raise max_cache_bytes, or run one after the other"
-            ) from None
-        lengths = np.array([len(text) for text in tokens], dtype=np.int64)
-        computed = len(set(missing))
-        return HiddenStates(found, lengths, computer.empty, seconds=seconds, computed=computed)
+        stored = _fill_together(folder, computer, distinct, missing, on_texts, share, barrier)
+        return HiddenStates(
+            [stored[text] for text in hashes],
+            np.array([len(text) for text in tokens], dtype=np.int64),
+            computer.empty,
+            seconds=time.monotonic() - started,
+            computed=len(missing),
+        )
 
     def _require_fit(self, needed: int, texts: int) -> None:
         if needed > self._max_bytes:
@@ -189,7 +179,8 @@ class HiddenStateStore:
             with suppress(FileNotFoundError):
                 if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
                     leftover.unlink()
-        keys = [path for path in self._directory.iterdir() if path.is_dir()]
+        # Nothing but folders of keys is ever removed, whatever else is kept beside them.
+        keys = [path for path in self._directory.iterdir() if _KEY.fullmatch(path.name)]
         sizes = {path: _bytes_below(path) for path in keys}
         # Its own folder comes last; then everything of this run is computed again, and fits.
         keys.sort(key=lambda path: (path == folder.path, _last_used(path), path.name))
@@ -294,7 +285,11 @@ class _KeyFolder:
             raise self._unusable(file, f"is damaged ({error})") from error
         if key != self._key:
             raise self._unusable(file, f"belongs to the key {key}")
-        if starts[-1] != len(states) or len(hashes) != (len(starts) - 1) * _HASH_BYTES:
+        if (
+            not starts
+            or starts[-1] != len(states)
+            or len(hashes) != (len(starts) - 1) * _HASH_BYTES
+        ):
             raise self._unusable(file, "is damaged (its parts do not fit together)")
         segment = _Segment(states)
         return {
@@ -383,6 +378,33 @@ class _Computer:
         with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=half):
             hidden = self._encoder.run_layers(self._encoder.embed(ids), mask, 0, self._layer)
         return list(hidden[: len(batch)].to("cpu", self.empty.dtype).unbind())
+
+
+def _fill_together(
+    folder: _KeyFolder,
+    computer: _Computer,
+    tokens: dict[bytes, list[int]],
+    missing: list[bytes],
+    on_texts: Callable[[int], None],
+    share: tuple[int, int],
+    barrier: Callable[[], None],
+) -> dict[bytes, _Place]:
+    """Compute this process' part of what is missing; the places of all texts afterwards."""
+    rank, world = share
+    # Neighbours are of equal length, so every part has about as many tokens.
+    computer.fill(folder, tokens, missing[rank::world], on_texts)
+    barrier()
+    stored = folder.open()
+    left = _missing(tokens, stored)
+    if left:  # the processes share no disk, or another run made room for itself meanwhile
+        computer.fill(folder, tokens, left, on_texts)
+        stored = folder.open()
+    if _missing(tokens, stored):
+        raise TransientError(
+            f"{folder.path} loses segments while it is filled: another run makes room for itself. "
+            "Raise max_cache_bytes, or run one after the other"
+        )
+    return stored
 
 
 def _missing(tokens: dict[bytes, list[int]], stored: dict[bytes, _Place]) -> list[bytes]:

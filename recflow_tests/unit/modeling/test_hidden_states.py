@@ -113,6 +113,7 @@ def test_equal_texts_are_computed_once(encoder: TextEncoder, tmp_path: Path) -> 
     told: list[int] = []
     states = fill(tmp_path, encoder, [[2, 7, 3], [2, 8, 9, 3], [2, 7, 3]], on_texts=told.append)
     assert sum(told) == states.computed == 2
+    assert states.reused == 0
     assert torch.equal(states.gather(np.array([0])), states.gather(np.array([2])))
 
 
@@ -235,9 +236,11 @@ def test_keys_unused_for_longest_make_room(encoder: TextEncoder, tmp_path: Path)
     for age, folder in enumerate(sorted(tmp_path.iterdir())):
         os.utime(folder, (1000 + age, 1000 + age))
     oldest, newer = sorted(tmp_path.iterdir())
+    (tmp_path / "of somebody else").mkdir()
     fill(tmp_path, encoder, tokens, layer=2, max_bytes=2 * size + 1000)
     assert not oldest.exists()
     assert newer.exists()
+    assert (tmp_path / "of somebody else").exists()
 
 
 def test_its_own_older_segments_make_room_last(encoder: TextEncoder, tmp_path: Path) -> None:
@@ -261,6 +264,14 @@ def test_leftovers_of_killed_runs_are_removed_when_they_are_old(
     assert fill(tmp_path, encoder, make_tokens(3)).computed == 0
     assert not old.exists()
     assert fresh.exists()
+
+
+def test_losing_segments_to_another_run_is_transient(
+    encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden_states._KeyFolder, "open", lambda _: {})
+    with pytest.raises(TransientError, match="loses segments while it is filled"):
+        fill(tmp_path, encoder, make_tokens(3))
 
 
 def test_full_disk_is_transient_and_leaves_a_valid_store(

@@ -278,7 +278,10 @@ class _Search:
 
         # A sampler of its own for each trial: a study that goes on after a kill draws the same.
         seed = derive_seed(self._config.seed, "trial", number) % 2**32
-        self._study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=False)
+        # Keys are drawn together, as they act together: the learning rate with the strategy. That
+        # needs keys that all trials share, which a base outside the space does not have.
+        together = bool(self._base_values())
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=together)
         trial = self._study.ask()
         is_base = bool(trial.user_attrs.get(_BASE))
         values = self._values(trial, is_base)

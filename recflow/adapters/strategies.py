@@ -167,7 +167,7 @@ def strategies_table(study: Artifact) -> str:
             str(row["strategy"]),
             f"{row['trainable_parameters']:,}",
             f"{row['parameters']:,}",
-            f"{row['encoder_learning_rate']:.0e}",
+            "–" if row["strategy"] == REFERENCE else f"{row['encoder_learning_rate']:.0e}",
             f"{row['seconds']:.0f}",
             f"{row['clicks_per_second']:.0f}",
             f"{row['peak_rss_bytes'] / 2**20:,.0f} MiB",

@@ -100,7 +100,7 @@ def test_the_table_has_a_line_for_each_strategy(tmp_path: Path) -> None:
         "| strategy | learns | of | encoder rate | s | clicks/s | peak RSS | validation auc "
         "| test AUC | nDCG@10 | AUC over frozen |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| frozen | 1,234 | 22,000,000 | 5e-05 | 61 | 813 | 1,500 MiB | 0.6123 "
+        "| frozen | 1,234 | 22,000,000 | – | 61 | 813 | 1,500 MiB | 0.6123 "
         "| 0.6000 [0.5900, 0.6100] | 0.4000 [0.3900, 0.4100] | – |",
         "| lora | 1,234 | 22,000,000 | 5e-05 | 61 | 813 | 1,500 MiB | 0.6123 "
         "| 0.6000 [0.5900, 0.6100] | 0.4000 [0.3900, 0.4100] | +0.0100 [-0.0020, +0.0220] |",

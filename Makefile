@@ -14,7 +14,7 @@ FIND_LINKS = $(or $(PIP_FIND_LINKS),$(call PIP_SETTING,global.find-links))
 INDEX_URL = $(or $(PIP_INDEX_URL),$(call PIP_SETTING,global.index-url))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo dev test test-integration check format bench-reading bench-load bench-strategies screenshots clean
+.PHONY: help install lock demo dev test test-integration check format bench-reading bench-load bench-train bench-strategies screenshots clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ bench-reading: $(READY) ## Rows/s and peak memory of log reading against pandas
 
 bench-load: $(READY) ## Seconds to load the code location
 	$(BIN)/python -m recflow_tests.benchmarks.location_load
+
+bench-train: $(READY) ## Training the textbook's way against ours, technique by technique (DATA=simulated)
+	$(BIN)/python -m recflow_tests.benchmarks.training $(if $(filter command line,$(origin DATA)),--data "$(DATA)")
 
 bench-strategies: $(READY) ## Compare all fine-tuning strategies on what `make demo` prepared (same DATA=)
 	$(BIN)/python -m recflow_tests.benchmarks.strategies "$(DATA)"

@@ -15,9 +15,10 @@ from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import ADAPTED_ENCODER, LABEL_EFFICIENCY_STUDY
 from recflow.adapters.models import weights_hash
 from recflow.adapters.snapshots import load_snapshot
+from recflow.adapters.training_inputs import adapted_encoder
 from recflow.core.artifacts import Artifact, Draft, JsonValue
 from recflow.core.columns import Columns
-from recflow.core.errors import ArtifactError, ConfigError
+from recflow.core.errors import ConfigError
 from recflow.evaluation.evaluator import Estimate, EvaluationConfig
 from recflow.evaluation.label_efficiency import (
     METRICS,
@@ -97,13 +98,7 @@ def build_label_efficiency(
         ContractError: A sample of the impressions has nothing to learn from.
     """
     stored = load_snapshot(store, snapshot)
-    adapted = store.get(ADAPTED_ENCODER, snapshot)
-    base_hash = weights_hash(base_model)
-    if adapted.manifest.config.get("base_model_sha256") != base_hash:
-        raise ArtifactError(
-            f"{adapted.path} was adapted from another encoder than {base_model}; materialise "
-            f"{ADAPTED_ENCODER} again"
-        )
+    adapted = adapted_encoder(store, snapshot, base_model)
     starts: dict[Start, Path] = {"pretrained": base_model, "adapted": adapted.path}
 
     def compare(draft: Draft) -> None:
@@ -144,7 +139,11 @@ def build_label_efficiency(
         parents={**stored.artifacts, ADAPTED_ENCODER: adapted},
         config=cast(
             "dict[str, JsonValue]",
-            {**asdict(config), "study": asdict(study), "base_model_sha256": base_hash},
+            {
+                **asdict(config),
+                "study": asdict(study),
+                "base_model_sha256": weights_hash(base_model),
+            },
         ),
         rebuild=rebuild,
     )

@@ -42,7 +42,8 @@ def resolve_base_model(name: str | Path) -> Path:
     hub_id = str(name)
     if not _HUB_ID.fullmatch(hub_id):
         raise ArtifactError(
-            f"base model {hub_id!r} is neither a directory nor a hub id like organisation/model"
+            f"base model {hub_id!r} is neither a directory nor a hub id like organisation/model; "
+            "`recflow data fetch minilm` fetches the default one"
         )
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_FILES))

@@ -27,7 +27,8 @@ QUICK: dict[str, Any] = {
         "config": {
             "max_tokens": 32,
             "tuning": {"tuned_layers": 1},
-            "schedule": {"head_epochs": 1, "encoder_epochs": 1},
+            # A checkpoint after every step, so that a kill always finds one.
+            "schedule": {"head_epochs": 1, "encoder_epochs": 1, "checkpoint_seconds": 0.0},
         }
     },
     "models__pruned": {"config": {"recovery_steps": 5}},

@@ -113,9 +113,9 @@ def test_killed_run_leaves_nothing_half_and_reruns_to_the_same_result(
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    models = second.store.root / "models"
+    checkpoints = second.home / "checkpoints" / "models" / "fine_tuned"
     deadline = time.monotonic() + 300
-    while not list(models.glob("fine_tuned/.*.draft")):
+    while not list(checkpoints.glob("*/newest")):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -125,4 +125,7 @@ def test_killed_run_leaves_nothing_half_and_reruns_to_the_same_result(
 
     done = second.materialise(TRAIN, str(LAST_DAY), QUICK)
     assert done.returncode == 0, done.stderr
+    fine_tuned = second.store.get("models/fine_tuned", str(LAST_DAY))
+    assert fine_tuned.facts["resumed_at_step"] > 0  # type: ignore[operator]
     assert second.digests(*REPEATABLE) == trained.digests(*REPEATABLE)
+    assert not list(checkpoints.iterdir())

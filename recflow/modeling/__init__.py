@@ -6,3 +6,6 @@ import os
 # them on a small machine; asleep, two threads next to another busy process are about 2.7 times
 # as fast.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Read by CUDA's matrix library when it is loaded: without it no product is repeatable.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

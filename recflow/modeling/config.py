@@ -136,7 +136,7 @@ class OptimiserConfig:
         gradient_clip: Largest gradient norm.
     """
 
-    head_learning_rate: float = 2e-3
+    head_learning_rate: float = 4e-3
     encoder_learning_rate: float = 5e-5
     layer_decay: float = 1.0
     weight_decay: float = 0.01
@@ -169,14 +169,14 @@ class ScheduleConfig:
             epoch.
     """
 
-    head_epochs: int = 4
+    head_epochs: int = 8
     encoder_epochs: int = 2
     head_batch_size: int = 128
     encoder_batch_size: int = 256
     max_impressions_per_epoch: int = 20_000
     max_validation_impressions: int = 4_000
     primary_metric: str = "auc"
-    patience: int = 2
+    patience: int = 3
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:

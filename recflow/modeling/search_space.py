@@ -81,7 +81,7 @@ def default_space() -> dict[str, Range | Choices]:
         "optimiser.head_learning_rate": Range(5e-4, 1e-2, log=True),
         "optimiser.encoder_learning_rate": Range(1e-5, 1e-3, log=True),
         "optimiser.layer_decay": Range(0.7, 1.0),
-        "schedule.head_epochs": Range(2, 6),
+        "schedule.head_epochs": Range(4, 12),
     }
 
 

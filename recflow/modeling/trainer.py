@@ -223,11 +223,10 @@ class TrainingRun:
         self._data, self._base_model, self._config, self._team = data, base_model, config, team
         self._device = choose_device(config.device)
         self._encoder, self._tuning = _tuned_encoder(base_model, config)
-        self._learning = [p for p in self._encoder.parameters() if p.requires_grad]
-        self._counts = (
-            count_parameters(self._encoder),
-            sum(parameter.numel() for parameter in self._learning),
-        )
+        # By name: spreading the weights over processes puts others in their place.
+        learning = {n: p.numel() for n, p in self._encoder.named_parameters() if p.requires_grad}
+        self._learning = frozenset(learning)
+        self._counts = count_parameters(self._encoder), sum(learning.values())
         parents = {
             "base_model": weights_digest(self._encoder, len(self._encoder.layers)),
             "data": data.digest(),
@@ -534,8 +533,8 @@ class TrainingRun:
     def _begin_phase(self, phase: _Phase) -> Optimiser:
         config = self._config
         if not config.distribution.shard_encoder:
-            for parameter in self._learning:
-                parameter.requires_grad_(phase.encoder_learns)
+            for name, parameter in self._encoder.named_parameters():
+                parameter.requires_grad_(phase.encoder_learns and name in self._learning)
             if not self._local_sgd:
                 # The wrapper of the phase before must be gone first: it would exchange as well.
                 self._wrapped = self._model
@@ -603,14 +602,11 @@ class TrainingRun:
 
     def _weights(self) -> dict[str, Tensor]:
         """Whole copies of everything that learns, and of the user model's scales."""
-        state, learning = self._model.state_dict(), set(map(id, self._learning))
-        names = {
-            name for name, parameter in self._model.named_parameters() if id(parameter) in learning
-        }
+        learning = {f"encoder.{name}" for name in self._learning}
         return {
             name: whole(value)
-            for name, value in state.items()
-            if name in names or name.startswith("user_model.")
+            for name, value in self._model.state_dict().items()
+            if name in learning or name.startswith("user_model.")
         }
 
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:

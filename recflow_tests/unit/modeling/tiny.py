@@ -28,6 +28,8 @@ QUICK = with_values(
         "objective.negatives": 3,
         "optimiser.head_learning_rate": 1e-2,
         "optimiser.encoder_learning_rate": 1e-3,
+        "schedule.head_epochs": 4,
+        "schedule.patience": 2,
         "schedule.head_batch_size": 32,
         "schedule.encoder_batch_size": 32,
         "speed.max_texts_per_step": 16,

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from recflow.modeling.user_vector import inner_products
+from recflow.modeling.user_vector import inner_products, weighted_sum
 
 _SPREAD = 0.05
 
@@ -109,11 +108,9 @@ class IdentityModel(nn.Module):
 
     def _implicit_factors(self, items: IdStates, history: Tensor) -> Tensor:
         """``|N(u)|**-1/2 * sum of y_j`` over the known clicks, ``[users, id dimension]``."""
-        clicks = history.clamp(min=0)
-        weights = items.known[clicks] * (history >= 0) * self.age[-history.shape[1] :].exp()
-        total = functional.embedding_bag(
-            clicks, items.implicit, per_sample_weights=weights, mode="sum"
-        )
+        known = items.known[history.clamp(min=0)] * (history >= 0)
+        weights = known * self.age[-history.shape[1] :].exp()
+        total = weighted_sum(items.implicit, history, weights)
         return total / weights.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
 
 

@@ -24,8 +24,8 @@ class UserVector(nn.Module):
         """Build with fresh weights.
 
         Args:
-            pooling: Makes vectors ``[users, width]`` of clicks ``[users, clicks, width]`` and of
-                which of them exist, ``[users, clicks]``.
+            pooling: Makes vectors ``[users, width]`` of item vectors ``[items, width]`` and of the
+                rows of the clicks, -1 where there is none, ``[users, clicks]``.
             width: Width of the item vectors, all channels together.
             dropout: Dropout of the users' vectors.
         """
@@ -57,18 +57,18 @@ class UserVector(nn.Module):
 
     def _users(self, vectors: Tensor, history: Tensor) -> Tensor:
         """Vectors of the users, ``[users, width]``."""
-        seen = history >= 0
-        users = self.pooling(functional.embedding(history.clamp(min=0), vectors), seen)
-        return torch.where(seen.any(dim=1, keepdim=True), users, self.default)
+        warm = (history >= 0).any(dim=1, keepdim=True)
+        return torch.where(warm, self.pooling(vectors, history), self.default)
 
 
 class MeanPooling(nn.Module):
     """The mean of the clicks."""
 
-    def forward(self, clicks: Tensor, seen: Tensor) -> Tensor:
-        """``[users, clicks, width]`` to ``[users, width]``; 0 where there is no click."""
-        total = (clicks * seen[..., None]).sum(dim=1)
-        return total / seen.sum(dim=1, keepdim=True).clamp(min=1)
+    def forward(self, vectors: Tensor, history: Tensor) -> Tensor:
+        """Vectors ``[users, width]``; 0 where there is no click."""
+        weights = (history >= 0).to(vectors.dtype)
+        total = weighted_sum(vectors, history, weights)
+        return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 class AttentivePooling(nn.Module):
@@ -81,7 +81,11 @@ class AttentivePooling(nn.Module):
         self.query = nn.Linear(attention_width, 1, bias=False)
         nn.init.normal_(self.query.weight, std=_SPREAD)
 
-    def forward(self, clicks: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, vectors: Tensor, history: Tensor) -> Tensor:
+        """Vectors ``[users, width]``; 0 where there is no click."""
+        return self.pool(functional.embedding(history.clamp(min=0), vectors), history >= 0)
+
+    def pool(self, clicks: Tensor, seen: Tensor) -> Tensor:
         """``[users, clicks, width]`` to ``[users, width]``; 0 where there is no click."""
         weights = attention(self.query(self.hidden(clicks).tanh()).squeeze(-1), seen) * seen
         return (clicks * weights[..., None]).sum(dim=1)
@@ -105,8 +109,9 @@ class MultiHeadPooling(nn.Module):
         nn.init.zeros_(self.output.bias)
         self.summary = AttentivePooling(width, attention_width)
 
-    def forward(self, clicks: Tensor, seen: Tensor) -> Tensor:
-        """``[users, clicks, width]`` to ``[users, width]``; 0 where there is no click."""
+    def forward(self, vectors: Tensor, history: Tensor) -> Tensor:
+        """Vectors ``[users, width]``; 0 where there is no click."""
+        clicks, seen = functional.embedding(history.clamp(min=0), vectors), history >= 0
         queries, keys, values = (
             self.queries_keys_values(clicks)
             .unflatten(-1, (3, self._heads, -1))
@@ -114,7 +119,20 @@ class MultiHeadPooling(nn.Module):
         )
         similarity = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
         mixed = attention(similarity, seen[:, None, None, :]) @ values
-        return self.summary(clicks + self.output(mixed.transpose(1, 2).flatten(2)), seen)
+        return self.summary.pool(clicks + self.output(mixed.transpose(1, 2).flatten(2)), seen)
+
+
+def weighted_sum(vectors: Tensor, history: Tensor, weights: Tensor) -> Tensor:
+    """Sums ``[users, width]`` of the clicks' vectors, without a copy of them for each user.
+
+    Args:
+        vectors: A vector an item.
+        history: Rows of ``vectors``, -1 for none, ``[users, clicks]``.
+        weights: What each counts, 0 where there is none, ``[users, clicks]``.
+    """
+    return functional.embedding_bag(
+        history.clamp(min=0), vectors, per_sample_weights=weights, mode="sum"
+    )
 
 
 def inner_products(users: Tensor, vectors: Tensor, candidates: Tensor) -> Tensor:

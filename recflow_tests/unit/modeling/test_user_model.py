@@ -270,14 +270,14 @@ def test_cold_users_of_a_user_vector_get_the_default(vectors: Tensor) -> None:
 def test_attentive_pooling_by_hand() -> None:
     torch.manual_seed(0)
     pooling = AttentivePooling(3, 2)
-    clicks = torch.randn(1, 3, 3)
+    clicks = torch.randn(3, 3)
     logits = [
         pooling.query.weight @ torch.tanh(pooling.hidden.weight @ click + pooling.hidden.bias)
-        for click in clicks[0, 1:]
+        for click in clicks[1:]
     ]
     weights = torch.cat(logits).softmax(0)
-    expected = weights[0] * clicks[0, 1] + weights[1] * clicks[0, 2]
-    pooled = pooling(clicks, torch.tensor([[False, True, True]]))
+    expected = weights[0] * clicks[1] + weights[1] * clicks[2]
+    pooled = pooling(clicks, torch.tensor([[-1, 1, 2]]))
     torch.testing.assert_close(pooled[0], expected)
 
 
@@ -289,9 +289,11 @@ def test_multi_head_pooling_agrees_with_torch() -> None:
         reference.in_proj_weight.copy_(pooling.queries_keys_values.weight)
         reference.in_proj_bias.copy_(pooling.queries_keys_values.bias)
         reference.out_proj.load_state_dict(pooling.output.state_dict())
-    clicks, seen = torch.randn(2, 4, 6), torch.tensor([[False, True, True, True], [True] * 4])
+    vectors, history = torch.randn(5, 6), torch.tensor([[-1, 3, 0, 1], [1, 4, 2, 0]])
+    clicks, seen = vectors[history.clamp(min=0)], history >= 0
     mixed, _ = reference(clicks, clicks, clicks, key_padding_mask=~seen, need_weights=False)
-    torch.testing.assert_close(pooling(clicks, seen), pooling.summary(clicks + mixed, seen))
+    expected = pooling.summary.pool(clicks + mixed, seen)
+    torch.testing.assert_close(pooling(vectors, history), expected)
 
 
 # Identity

@@ -43,8 +43,8 @@ _TEST_NEGATIVES, _TRAIN_NEGATIVES = 99, 20
 _RESAMPLES: Final = 1_000
 _DAMPING: Final = 5.0  # ratings that pull a bias towards 0
 
-# Validation chooses the epoch. Settings are the best of a few trials by validation; those of RATINGS
-# were tried on another random split, and none was tried on the split by time.
+# Validation chooses the epoch. Settings are the best of a few trials by validation; those of
+# RATINGS were tried on another random split, and none was tried on the split by time.
 RANKING: Final[dict[str, Any]] = {
     "tuning": {"strategy": "frozen"},
     "user_model": {"item_ids": True, "user_ids": True},

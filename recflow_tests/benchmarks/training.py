@@ -65,14 +65,12 @@ OPTIONS: Final[tuple[tuple[str, dict[str, object], int], ...]] = (
     ("LoRA on the two layers", {"tuning.strategy": "lora"}, 4096),
     ("64 texts a step", {"speed.max_texts_per_step": 64}, 4096),
 )
-OURS: Final[dict[str, object]] = {
-    key: value for _, values, _ in STEPS for key, value in values.items()
-} | {
+OURS: Final[dict[str, object]] = (
+    TEXTBOOK
+    | {key: value for _, values, _ in STEPS for key, value in values.items()}
     # The head first; then the encoder. Epochs are short, to see when the AUC is reached.
-    "schedule.head_epochs": 6,
-    "schedule.encoder_epochs": 2,
-    "schedule.patience": 99,
-}
+    | {"schedule.head_epochs": 6, "schedule.encoder_epochs": 2, "schedule.patience": 99}
+)
 
 
 def measure(job: Mapping[str, Any]) -> dict[str, Any]:

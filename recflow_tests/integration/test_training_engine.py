@@ -66,9 +66,7 @@ def test_training_reads_what_the_search_found(split: Deployment) -> None:
 
 
 def test_adapting_the_encoder_helps_or_not_and_says_so(split: Deployment) -> None:
-    adapted = materialise(
-        split, "models/adapted_encoder", {"method": "contrastive", "max_steps": 4}
-    )
+    adapted = materialise(split, "models/adapted_encoder", {"max_tokens": 32, "max_steps": 4})
     assert adapted["held_out_loss"] <= adapted["held_out_loss_before"]
     facts = materialise(split, "studies/label_efficiency", {**COMMON, "shares": [0.1, 1.0]})
     assert len(facts["rows"]) == 2

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import polars as pl
 import pytest
 
+from recflow.core.columns import Columns
 from recflow.modeling.reports import TrainingReport
 from recflow.modeling.tracking import NullTracker
 from recflow.modeling.trainer import train_ranker
@@ -34,6 +35,33 @@ def train(items: pl.DataFrame) -> pl.DataFrame:
 @pytest.fixture(scope="session")
 def validation(items: pl.DataFrame) -> pl.DataFrame:
     return make_impressions(items, 120, seed=2)
+
+
+@pytest.fixture(scope="session")
+def table() -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            Columns.ITEM_ID: ["a", "b", "c", "d", "e"],
+            Columns.TEXT: ["sea0", "war1 the", "pop2", "tax3 new", "sun4"],
+            Columns.CATEGORY: ["x", "", "y", "x", "z"],
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def impressions() -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            Columns.HISTORY: [["a", "b", "c"], [], ["d"], ["a"]],
+            Columns.CANDIDATES: [["a", "b", "c", "d"], ["b", "c"], ["e"], ["a", "e", "b"]],
+            Columns.LABELS: [[0, 1, 0, 1], [0, 1], [1], [0, 0, 0]],
+        },
+        schema={
+            Columns.HISTORY: pl.List(pl.String),
+            Columns.CANDIDATES: pl.List(pl.String),
+            Columns.LABELS: pl.List(pl.Int8),
+        },
+    )
 
 
 class TrainTiny(Protocol):

@@ -29,33 +29,6 @@ def test_ragged_lists_come_back(lists: list[list[int]], data: st.DataObject) -> 
         assert row[len(row) - len(lists[place]) :].tolist() == lists[place]
 
 
-@pytest.fixture(scope="module")
-def table() -> pl.DataFrame:
-    return pl.DataFrame(
-        {
-            Columns.ITEM_ID: ["a", "b", "c", "d", "e"],
-            Columns.TEXT: ["sea0", "war1 the", "pop2", "tax3 new", "sun4"],
-            Columns.CATEGORY: ["x", "", "y", "x", "z"],
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def impressions() -> pl.DataFrame:
-    return pl.DataFrame(
-        {
-            Columns.HISTORY: [["a", "b", "c"], [], ["d"], ["a"]],
-            Columns.CANDIDATES: [["a", "b", "c", "d"], ["b", "c"], ["e"], ["a", "e", "b"]],
-            Columns.LABELS: [[0, 1, 0, 1], [0, 1], [1], [0, 0, 0]],
-        },
-        schema={
-            Columns.HISTORY: pl.List(pl.String),
-            Columns.CANDIDATES: pl.List(pl.String),
-            Columns.LABELS: pl.List(pl.Int8),
-        },
-    )
-
-
 def test_the_newest_clicks_are_kept(table: pl.DataFrame, impressions: pl.DataFrame) -> None:
     data = index_impressions(impressions, ItemIndex(table), history_length=2)
     assert data.histories.pad(right_aligned=True).tolist() == [[1, 2], [-1, -1], [-1, 3], [-1, 0]]

@@ -27,33 +27,6 @@ IDS = ["a", "b", "c", "d", "e"]
 
 
 @pytest.fixture(scope="module")
-def table() -> pl.DataFrame:
-    return pl.DataFrame(
-        {
-            Columns.ITEM_ID: IDS,
-            Columns.TEXT: ["sea0", "war1 the", "pop2", "tax3 new", "sun4"],
-            Columns.CATEGORY: ["x", "", "y", "x", "z"],
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def impressions() -> pl.DataFrame:
-    return pl.DataFrame(
-        {
-            Columns.HISTORY: [["a", "b", "c"], [], ["d"], ["a"]],
-            Columns.CANDIDATES: [["a", "b", "c", "d"], ["b", "c"], ["e"], ["a", "e", "b"]],
-            Columns.LABELS: [[0, 1, 0, 1], [0, 1], [1], [0, 0, 0]],
-        },
-        schema={
-            Columns.HISTORY: pl.List(pl.String),
-            Columns.CANDIDATES: pl.List(pl.String),
-            Columns.LABELS: pl.List(pl.Int8),
-        },
-    )
-
-
-@pytest.fixture(scope="module")
 def data(table: pl.DataFrame, impressions: pl.DataFrame) -> IndexedImpressions:
     return index_impressions(impressions, ItemIndex(table), history_length=2)
 

@@ -3,7 +3,7 @@
 The parent writes the tables and a description of the job into a folder, starts the processes, and
 passes what the first of them reports on to its own tracker; so nothing of MLflow or Dagster has to
 exist in them. The same worker runs under any other launcher that sets torch's environment, such as
-several machines with ``torchrun --nnodes``, or Ray Train:
+several machines with ``torchrun --nnodes``, on a folder of :func:`write_job`:
 
     torchrun --nproc-per-node 2 -m recflow.modeling.launch JOB_FOLDER
 """
@@ -61,18 +61,18 @@ def train_in_processes(
     """
     with tempfile.TemporaryDirectory(prefix="recflow-training-") as folder:
         job = Path(folder)
-        tables = {"items": items, "train": train, "validation": validation}
-        for name, table in tables.items():
-            table.write_parquet(job / f"{name}.parquet")
-        description = {
-            "base_model": str(base_model.absolute()),
-            "output": str(output.absolute()),
-            "cache_directory": str((cache_directory or job / "cache").absolute()),
-            "checkpoints": None if checkpoints is None else str(checkpoints.absolute()),
-            "config": asdict(config),
-            "parent": os.getpid(),
-        }
-        write_text_atomically(job / _JOB, json.dumps(description, indent=2))
+        write_job(
+            job,
+            items=items,
+            train=train,
+            validation=validation,
+            base_model=base_model,
+            output=output,
+            config=config,
+            cache_directory=cache_directory or job / "cache",
+            checkpoints=checkpoints,
+            parent=os.getpid(),
+        )
         processes = subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -88,6 +88,49 @@ def train_in_processes(
         finally:
             _stop(processes)
         return _result(job, processes.returncode)
+
+
+def write_job(
+    job: Path,
+    *,
+    items: pl.DataFrame,
+    train: pl.DataFrame,
+    validation: pl.DataFrame,
+    base_model: Path,
+    output: Path,
+    config: TrainingConfig,
+    cache_directory: Path,
+    checkpoints: Path | None = None,
+    parent: int | None = None,
+) -> None:
+    """Describe a training in a folder, for processes that any launcher starts.
+
+    On several machines the paths must mean the same on each; ``report.json`` appears at the end.
+
+    Args:
+        job: Existing folder.
+        items: Item features.
+        train: Training impressions.
+        validation: Validation impressions.
+        base_model: Hugging Face directory of the pretrained encoder.
+        output: Existing empty directory for the ranker.
+        config: How to train.
+        cache_directory: Where hidden states are kept.
+        checkpoints: Where the state of this training is kept.
+        parent: Process without which the training stops.
+    """
+    tables = {"items": items, "train": train, "validation": validation}
+    for name, table in tables.items():
+        table.write_parquet(job / f"{name}.parquet")
+    description = {
+        "base_model": str(base_model.absolute()),
+        "output": str(output.absolute()),
+        "cache_directory": str(cache_directory.absolute()),
+        "checkpoints": None if checkpoints is None else str(checkpoints.absolute()),
+        "config": asdict(config),
+        "parent": parent,
+    }
+    write_text_atomically(job / _JOB, json.dumps(description, indent=2))
 
 
 def _events(path: Path, processes: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:

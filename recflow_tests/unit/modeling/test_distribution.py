@@ -1,6 +1,8 @@
 """Real processes under ``torchrun``; each start costs some seconds of importing torch."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,14 @@ import polars as pl
 import pytest
 
 from recflow.core.errors import ConfigError, RecflowError
+from recflow.modeling.launch import write_job
 from recflow.modeling.ranker import load_ranker
 from recflow.modeling.reports import TrainingReport
 from recflow.modeling.tracking import NullTracker
 from recflow_tests.unit.modeling.conftest import TrainTiny
 from recflow_tests.unit.modeling.test_checkpoints import KilledError, KillsAt
+from recflow_tests.unit.modeling.test_trainer import hashes
+from recflow_tests.unit.modeling.tiny import quick
 
 SAME_STEPS = {
     "schedule.head_epochs": 1,
@@ -128,3 +133,31 @@ def test_one_process_has_nobody_to_spread_weights_over(
 ) -> None:
     with pytest.raises(ConfigError, match="shard_encoder"):
         train_tiny(tmp_path, {"distribution.shard_encoder": True})
+
+
+def test_a_described_training_runs_under_another_launcher(
+    base_model: Path,
+    items: pl.DataFrame,
+    train: pl.DataFrame,
+    validation: pl.DataFrame,
+    alone: tuple[Path, Losses, TrainingReport],
+    tmp_path: Path,
+) -> None:
+    job, output = tmp_path / "job", tmp_path / "output"
+    job.mkdir()
+    output.mkdir()
+    write_job(
+        job,
+        items=items,
+        train=train,
+        validation=validation,
+        base_model=base_model,
+        output=output,
+        config=quick(SAME_STEPS),
+        cache_directory=tmp_path / "cache",
+    )
+    # Without torchrun's environment, one process does it all.
+    subprocess.run([sys.executable, "-m", "recflow.modeling.launch", str(job)], check=True)
+    assert hashes(output) == hashes(alone[0])
+    report = TrainingReport.from_dict(json.loads((job / "report.json").read_text()))
+    assert report.best_validation == alone[2].best_validation

@@ -13,7 +13,6 @@ from torch import Tensor
 from recflow.core.columns import Columns
 from recflow.core.errors import ContractError
 from recflow.modeling.texts import Rows
-from recflow.modeling.user_model import UNKNOWN_CATEGORY
 from recflow.modeling.vocabulary import number_ids
 
 
@@ -114,11 +113,7 @@ class ItemIndex:
 
     def category_numbers(self, known: list[str]) -> Rows:
         """Number of each item's category: 1 + its place in ``known``, 0 where it is not there."""
-        numbers = {category: number for number, category in enumerate(known, start=1)}
-        return np.array(
-            [numbers.get(category, UNKNOWN_CATEGORY) for category in self._categories.to_list()],
-            dtype=np.int64,
-        )
+        return number_ids(self._categories, known)
 
     def numbers(self, known_ids: list[str]) -> Rows:
         """Number of each item: 1 + its place in ``known_ids``, 0 where it is not there."""

@@ -227,10 +227,7 @@ class TrainingRun:
         learning = {n: p.numel() for n, p in self._encoder.named_parameters() if p.requires_grad}
         self._learning = frozenset(learning)
         self._counts = count_parameters(self._encoder), sum(learning.values())
-        parents = {
-            "base_model": weights_digest(self._encoder, len(self._encoder.layers)),
-            "data": data.digest(),
-        }
+        self._checkpoints = None if checkpoints is None else self._checkpoints_in(checkpoints)
         with mixed_precision(self._device, config.speed.precision != "fp32"):
             bf16 = torch.is_autocast_enabled(self._device.type)
         if config.speed.precision == "bf16" and not bf16:
@@ -253,12 +250,7 @@ class TrainingRun:
         self._progress = TrainingProgress()
         self._best: dict[str, Tensor] = {}
         self._resumed: dict[str, Tensor] | None = None
-        self._checkpoints = None
-        if checkpoints is not None:
-            config_of_trajectory = _without_effectless(asdict(config))
-            self._checkpoints = Checkpoints(
-                checkpoints, config=config_of_trajectory, parents=parents
-            )
+        if self._checkpoints is not None:
             self._resume(self._checkpoints)
         self._resumed_at = self._progress.steps
         self._checkpoint_due = time.monotonic() + config.schedule.checkpoint_seconds
@@ -310,7 +302,7 @@ class TrainingRun:
     def report(self, seconds: float) -> TrainingReport:
         """Sum up the run."""
         epochs, states = self._progress.epochs, self._states
-        head = count_parameters(self._new_user_model())
+        head = count_parameters(self._model.user_model)
         return TrainingReport(
             strategy=self._config.tuning.strategy,
             primary_metric=self._config.schedule.primary_metric,
@@ -588,6 +580,17 @@ class TrainingRun:
             self._checkpoints.save(self._progress, tensors)
         self._team.barrier()
         self._checkpoint_due = time.monotonic() + self._config.schedule.checkpoint_seconds
+
+    def _checkpoints_in(self, directory: Path) -> Checkpoints:
+        """Name what this training is made from, while its weights are whole."""
+        return Checkpoints(
+            directory,
+            config=_without_effectless(asdict(self._config)),
+            parents={
+                "base_model": weights_digest(self._encoder, len(self._encoder.layers)),
+                "data": self._data.digest(),
+            },
+        )
 
     def _resume(self, checkpoints: Checkpoints) -> None:
         found = checkpoints.load()

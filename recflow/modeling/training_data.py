@@ -132,7 +132,7 @@ def prepare_data(
         tokens=TextTokenizer(tokenizer_path, config.max_tokens)(used.texts),
         features=ItemFeatures(
             categories=torch.from_numpy(used.category_numbers(categories)),
-            ids=torch.from_numpy(number_ids(pl.Series(used.ids), item_ids)),
+            ids=torch.from_numpy(used.numbers(item_ids)),
         ),
         categories=categories,
         item_ids=item_ids,

@@ -28,8 +28,6 @@ from recflow.modeling.user_vector import (
     UserVector,
 )
 
-UNKNOWN_CATEGORY = 0
-
 
 @dataclass(frozen=True, slots=True)
 class UserModelShape:

@@ -10,7 +10,8 @@ from typing import cast
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import FINE_TUNED, PRUNED, QUANTIZED, TEST
 from recflow.adapters.snapshots import Snapshot, load_snapshot
-from recflow.compression.prune import PruningConfig, PruningReport, prune_ranker
+from recflow.compression.config import PruningConfig
+from recflow.compression.prune import PruningReport, prune_ranker
 from recflow.compression.quantize import QuantizationConfig, QuantizationReport, quantize_ranker
 from recflow.core.artifacts import (
     MANIFEST_NAME,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from recflow.compression.config import PruningConfig
 from recflow.core.columns import Columns
 from recflow.core.errors import ConfigError
 from recflow.core.seeding import make_rng
@@ -69,62 +70,6 @@ logger = logging.getLogger("recflow.training")
 
 _STEPS_BETWEEN_METRICS = 10
 _OBJECTIVE = ObjectiveConfig()
-
-
-@dataclass(frozen=True, slots=True)
-class PruningConfig:
-    """What to remove, and how to recover.
-
-    Attributes:
-        head_share: Share of each layer's attention heads to remove.
-        channel_share: Share of each layer's feed-forward channels to remove.
-        importance_clicks: Training clicks that importance is measured on.
-        importance_batch_size: Clicks a backward pass.
-        negatives: Non-clicked candidates a click.
-        recovery_steps: Optimiser steps of the recovery; 0 leaves it out.
-        recovery_batch_size: Item texts a step.
-        learning_rate: Peak learning rate of the recovery.
-        weight_decay: AdamW's decoupled weight decay.
-        gradient_clip: Largest gradient norm.
-        max_validation_impressions: Most impressions scored to report the accuracy.
-        threads: Threads torch may use.
-        seed: Seed of everything random.
-    """
-
-    head_share: float = 1 / 3
-    channel_share: float = 0.5
-    importance_clicks: int = 256
-    importance_batch_size: int = 32
-    negatives: int = 4
-    recovery_steps: int = 200
-    recovery_batch_size: int = 64
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.01
-    gradient_clip: float = 1.0
-    max_validation_impressions: int = 2_000
-    threads: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError at the first impossible value."""
-        for key in ("head_share", "channel_share"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ConfigError.of(key, getattr(self, key), "at least 0 and below 1")
-        if self.head_share == self.channel_share == 0:
-            raise ConfigError.of("head_share and channel_share", 0, "at least one above 0")
-        at_least_one = (
-            "importance_clicks importance_batch_size negatives recovery_batch_size "
-            "max_validation_impressions threads"
-        )
-        for key in at_least_one.split():
-            if getattr(self, key) < 1:
-                raise ConfigError.of(key, getattr(self, key), "a whole number of at least 1")
-        for key in ("recovery_steps", "weight_decay", "seed"):
-            if getattr(self, key) < 0:
-                raise ConfigError.of(key, getattr(self, key), "at least 0")
-        for key in ("learning_rate", "gradient_clip"):
-            if not getattr(self, key) > 0:
-                raise ConfigError.of(key, getattr(self, key), "a number above 0")
 
 
 @dataclass(frozen=True, slots=True)

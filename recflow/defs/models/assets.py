@@ -149,7 +149,7 @@ def pruned(
 ) -> dg.MaterializeResult:
     """Prune the fine-tuned model."""
     from recflow.adapters.models import build_pruned
-    from recflow.compression.prune import PruningConfig
+    from recflow.compression.config import PruningConfig
 
     with tracker_of(mlflow, prefix="pruned.") as tracker:
         artifact = build_pruned(

@@ -1,0 +1,175 @@
+"""How each compression step works: one frozen dataclass a step, checked before any work starts.
+
+Loads no PyTorch, so that Dagster definitions and the command line may import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from recflow.core.errors import ConfigError
+from recflow.modeling.config import (
+    require_above_zero,
+    require_at_least,
+    require_one_of,
+    require_share,
+)
+
+ALLOCATIONS: Final = ("uniform", "global")
+PATTERNS: Final = ("2:4", "unstructured")
+PRECISIONS: Final = ("fp32", "fp16", "bf16", "int8_dynamic", "int8_static", "int4")
+
+
+@dataclass(frozen=True, slots=True)
+class DistillationConfig:
+    """A student of fewer layers, taught by the parent.
+
+    Attributes:
+        layers: Layers of the student, taken evenly from the teacher's.
+        width: Width of its hidden states; 0 keeps the teacher's.
+        threads: Threads torch may use.
+        seed: Seed of everything random.
+    """
+
+    layers: int = 3
+    width: int = 0
+    threads: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError at the first impossible value."""
+        require_at_least(self, 1, "layers", "threads")
+        require_at_least(self, 0, "width", "seed")
+
+
+@dataclass(frozen=True, slots=True)
+class PruningConfig:
+    """What to remove, and how to recover.
+
+    Attributes:
+        head_share: Share of each layer's attention heads to remove.
+        channel_share: Share of each layer's feed-forward channels to remove.
+        importance_clicks: Training clicks that importance is measured on.
+        importance_batch_size: Clicks a backward pass.
+        negatives: Non-clicked candidates a click.
+        recovery_steps: Optimiser steps of the recovery; 0 leaves it out.
+        recovery_batch_size: Item texts a step.
+        learning_rate: Peak learning rate of the recovery.
+        weight_decay: AdamW's decoupled weight decay.
+        gradient_clip: Largest gradient norm.
+        max_validation_impressions: Most impressions scored to report the accuracy.
+        threads: Threads torch may use.
+        seed: Seed of everything random.
+    """
+
+    head_share: float = 1 / 3
+    channel_share: float = 0.5
+    importance_clicks: int = 256
+    importance_batch_size: int = 32
+    negatives: int = 4
+    recovery_steps: int = 200
+    recovery_batch_size: int = 64
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    max_validation_impressions: int = 2_000
+    threads: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError at the first impossible value."""
+        for key in ("head_share", "channel_share"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError.of(key, getattr(self, key), "at least 0 and below 1")
+        if self.head_share == self.channel_share == 0:
+            raise ConfigError.of("head_share and channel_share", 0, "at least one above 0")
+        at_least_one = (
+            "importance_clicks importance_batch_size negatives recovery_batch_size "
+            "max_validation_impressions threads"
+        )
+        for key in at_least_one.split():
+            if getattr(self, key) < 1:
+                raise ConfigError.of(key, getattr(self, key), "a whole number of at least 1")
+        for key in ("recovery_steps", "weight_decay", "seed"):
+            if getattr(self, key) < 0:
+                raise ConfigError.of(key, getattr(self, key), "at least 0")
+        for key in ("learning_rate", "gradient_clip"):
+            if not getattr(self, key) > 0:
+                raise ConfigError.of(key, getattr(self, key), "a number above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class SparsificationConfig:
+    """Single weights set to zero, where they are.
+
+    Attributes:
+        pattern: ``2:4`` zeroes two of every four neighbours; ``unstructured`` the smallest of each
+            matrix.
+        share: Share of the weights set to zero; ``2:4`` needs 0.5.
+        threads: Threads torch may use.
+        seed: Seed of everything random.
+    """
+
+    pattern: str = "2:4"
+    share: float = 0.5
+    threads: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError at the first impossible value."""
+        require_one_of(self, "pattern", PATTERNS)
+        require_ratio(self, "share")
+        if self.pattern == "2:4" and self.share != 0.5:
+            raise ConfigError.of("share", self.share, "0.5 for the pattern 2:4")
+        require_at_least(self, 1, "threads")
+        require_at_least(self, 0, "seed")
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankConfig:
+    """Matrices replaced by the product of two narrow ones.
+
+    Attributes:
+        ratio: Share of the factorised matrices' weights that is left.
+        threads: Threads torch may use.
+        seed: Seed of everything random.
+    """
+
+    ratio: float = 0.6
+    threads: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError at the first impossible value."""
+        require_ratio(self, "ratio")
+        require_at_least(self, 1, "threads")
+        require_at_least(self, 0, "seed")
+
+
+@dataclass(frozen=True, slots=True)
+class TrimmingConfig:
+    """The vocabulary cut to the tokens that occur.
+
+    Attributes:
+        min_count: Occurrences in the texts of train that keep a token.
+        threads: Threads torch may use while the loss is measured.
+    """
+
+    min_count: int = 1
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError at the first impossible value."""
+        require_at_least(self, 1, "min_count", "threads")
+
+
+def require_ratio(config: object, *keys: str) -> None:
+    """Raise ConfigError unless these attributes lie between 0 and 1, both excluded."""
+    for key in keys:
+        value = getattr(config, key)
+        if not 0 < value < 1:
+            raise ConfigError.of(key, value, "above 0 and below 1")
+
+
+_ = require_share

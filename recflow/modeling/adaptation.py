@@ -353,7 +353,7 @@ class _MaskedLanguage:
         self._table: Tensor = cast("Any", encoder.transformer).get_input_embeddings().weight
         tokens, width = self._table.shape
         self._head = nn.Sequential(
-            nn.Linear(encoder.dimension, width), nn.GELU(), nn.LayerNorm(width)
+            nn.Linear(encoder.width, width), nn.GELU(), nn.LayerNorm(width)
         ).to(encoder.device)
         self._bias = nn.Parameter(torch.zeros(tokens, device=encoder.device))
 

@@ -3,8 +3,8 @@
 The transformer is driven layer by layer, so that the hidden states below the lowest trainable
 layer can be computed once and kept, and so that layers whose heads and feed-forward channels were
 removed run through the same code. What recflow adds to the transformer (learnt pooling, bottleneck
-adapters) is its submodule ``recflow``: one file holds all weights, and those of the pretrained
-model keep their Hugging Face names.
+adapters, a projection of the vectors) is its submodule ``recflow``: one file holds all weights, and
+those of the pretrained model keep their Hugging Face names.
 """
 
 from __future__ import annotations
@@ -62,8 +62,16 @@ class TextEncoder(nn.Module):
         pooling: Name of the pooling.
     """
 
-    def __init__(self, transformer: nn.Module, pooling: str = "auto") -> None:
+    def __init__(
+        self, transformer: nn.Module, pooling: str = "auto", *, projection: int | None = None
+    ) -> None:
         """Wrap a transformer; learnt pooling starts out as the mean.
+
+        Args:
+            transformer: A Hugging Face model without pooler.
+            pooling: Name of the pooling.
+            projection: Width of the vectors where a learnt projection, at first random, is to give
+                them another than the hidden states have.
 
         Raises:
             ConfigError: The architecture is not supported, or the pooling does not fit it.
@@ -75,6 +83,8 @@ class TextEncoder(nn.Module):
         self.transformer = transformer
         learnt_pooling = build_pooling(self.pooling, int(config.hidden_size))
         additions = nn.ModuleDict({"pooling": learnt_pooling, "adapters": nn.ModuleDict()})
+        if projection is not None:
+            additions["projection"] = nn.Linear(int(config.hidden_size), projection, bias=False)
         transformer.add_module(ADDITIONS, additions)
         self._checkpointing = False
 
@@ -94,9 +104,14 @@ class TextEncoder(nn.Module):
         return next(self.parameters()).device
 
     @property
-    def dimension(self) -> int:
-        """Width of the vectors."""
+    def width(self) -> int:
+        """Width of the hidden states."""
         return int(self.config.hidden_size)
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors; that of the hidden states where there is no projection."""
+        return self.width if self.projection is None else self.projection.out_features
 
     @property
     def longest_text(self) -> int:
@@ -113,19 +128,31 @@ class TextEncoder(nn.Module):
         """The pooling; it has weights where :attr:`pooling` is ``attention``."""
         return self.transformer.get_submodule(f"{ADDITIONS}.pooling")
 
+    @property
+    def projection(self) -> nn.Linear | None:
+        """From pooled hidden states to vectors, where these have another width."""
+        additions = cast("nn.ModuleDict", self.transformer.get_submodule(ADDITIONS))
+        return cast("nn.Linear", additions["projection"]) if "projection" in additions else None
+
+    @property
+    def top(self) -> list[nn.Module]:
+        """What follows the last layer: final norm, pooling, projection, where there are any."""
+        modules = (self.architecture.final_norm, self.learnt_pooling, self.projection)
+        return [module for module in modules if module is not None]
+
     def add_adapter(self, layer: int, width: int) -> None:
         """Put a bottleneck adapter of ``width`` behind a layer."""
-        self.adapters[str(layer)] = BottleneckAdapter(self.dimension, width).to(self.device)
+        self.adapters[str(layer)] = BottleneckAdapter(self.width, width).to(self.device)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embedding output ``[texts, tokens, dimension]`` of token ids ``[texts, tokens]``."""
+        """Embedding output ``[texts, tokens, width]`` of token ids ``[texts, tokens]``."""
         return self.architecture.embed(ids)
 
     def run_layers(self, hidden: Tensor, mask: Tensor, start: int, stop: int) -> Tensor:
         """Run layers ``start`` to ``stop - 1``.
 
         Args:
-            hidden: Input of layer ``start``, ``[texts, tokens, dimension]``.
+            hidden: Input of layer ``start``, ``[texts, tokens, width]``.
             mask: True where there is a token, ``[texts, tokens]``; padding is on the right.
             start: First layer.
             stop: One past the last layer.
@@ -150,10 +177,10 @@ class TextEncoder(nn.Module):
         return self.adapters[name](hidden) if name in self.adapters else hidden
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Final norm where the family has one, pooling, unit length.
+        """Final norm where the family has one, pooling, projection where there is one, unit length.
 
         Args:
-            hidden: Output of the last layer, ``[texts, tokens, dimension]``.
+            hidden: Output of the last layer, ``[texts, tokens, width]``.
             mask: True where there is a token, ``[texts, tokens]``; each text has at least one.
 
         Returns:
@@ -161,7 +188,10 @@ class TextEncoder(nn.Module):
         """
         norm = self.architecture.final_norm
         normed = hidden if norm is None else norm(hidden)
-        return functional.normalize(self.learnt_pooling(normed.to(torch.float32), mask), dim=-1)
+        pooled = self.learnt_pooling(normed.to(torch.float32), mask)
+        if self.projection is not None:
+            pooled = self.projection(pooled).to(torch.float32)  # autocast makes it bfloat16
+        return functional.normalize(pooled, dim=-1)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Unit vectors ``[texts, dimension]`` of token ids ``[texts, tokens]``."""
@@ -337,11 +367,14 @@ def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
             for number, adapter in encoder.adapters.items()
         },
         "layers": [{"heads": shape.heads, "channels": shape.channels} for shape in layers],
+        "projection": None if encoder.projection is None else encoder.dimension,
     }
 
 
 def build_encoder(description: dict[str, Any]) -> TextEncoder:
     """Make an encoder of the described sizes; its weights hold anything until they are loaded.
+
+    A description without the key ``projection`` is of an encoder that has none.
 
     Raises:
         ArtifactError: The description is not one of :func:`describe_encoder`.
@@ -352,7 +385,12 @@ def build_encoder(description: dict[str, Any]) -> TextEncoder:
         config = AutoConfig.for_model(raw.pop("model_type"), **raw)
         with _quiet_transformers(), no_init_weights():
             transformer = AutoModel.from_config(config, **architecture.model_arguments)
-        encoder = TextEncoder(transformer, description["pooling"])
+        projection = description.get("projection")
+        encoder = TextEncoder(
+            transformer,
+            description["pooling"],
+            projection=None if projection is None else int(projection),
+        )
         adapters = {int(number): int(width) for number, width in description["adapters"].items()}
         shapes = [LayerShape(int(s["heads"]), int(s["channels"])) for s in description["layers"]]
     except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
@@ -380,11 +418,10 @@ def layer_of(encoder: TextEncoder, parameter_name: str) -> int:
 
     Returns:
         0 for embeddings and what all layers share, 1 to ``len(encoder.layers)`` for the layers
-        and the adapters behind them, one more for the final norm and the pooling.
+        and the adapters behind them, one more for the final norm, the pooling and the projection.
     """
     modules = {module: name for name, module in encoder.named_modules()}
-    above = [encoder.learnt_pooling, encoder.architecture.final_norm]
-    if any(parameter_name.startswith(f"{modules[m]}.") for m in above if m is not None):
+    if any(parameter_name.startswith(f"{modules[module]}.") for module in encoder.top):
         return len(encoder.layers) + 1
     for module in (encoder.layers, encoder.adapters):
         prefix = f"{modules[module]}."
@@ -397,7 +434,7 @@ def weights_digest(encoder: TextEncoder, below: int) -> str:
     """SHA-256 of what the input of layer ``below`` depends on.
 
     That is the configuration, and the weights of the embeddings and of the layers below; not those
-    of the layers from ``below`` on, nor of the pooling.
+    of the layers from ``below`` on, nor of the pooling and the projection.
     """
     description = describe_encoder(encoder)
     adapters = {n: width for n, width in description["adapters"].items() if int(n) < below}

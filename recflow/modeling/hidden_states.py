@@ -78,7 +78,7 @@ class HiddenStates:
         self._starts = np.array([place.start for place in found], dtype=np.int64)
 
     def gather(self, rows: Rows) -> Tensor:
-        """States of some texts end to end, ``[sum of their lengths, dimension]``.
+        """States of some texts end to end, ``[sum of their lengths, width]``.
 
         Args:
             rows: Numbers of the texts, in the order wanted; a text may occur several times.
@@ -194,7 +194,7 @@ class HiddenStateStore:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Segment:
-    """States ``[tokens, dimension]`` of one file; equal only to itself."""
+    """States ``[tokens, width]`` of one file; equal only to itself."""
 
     states: Tensor
 
@@ -314,13 +314,13 @@ class _Computer:
 
     Attributes:
         key: SHA-256 of everything but the text that decides its states.
-        empty: No states, ``[0, dimension]``, in the stored dtype.
+        empty: No states, ``[0, width]``, in the stored dtype.
     """
 
     def __init__(self, encoder: TextEncoder, layer: int, precision: str) -> None:
         self._encoder, self._layer, self._precision = encoder, layer, precision
         self._device = next(encoder.parameters()).device
-        self.empty = torch.empty((0, encoder.dimension), dtype=_DTYPES[precision])
+        self.empty = torch.empty((0, encoder.width), dtype=_DTYPES[precision])
         parts = [_LAYOUT, weights_digest(encoder, layer), str(layer), precision, self._device.type]
         self.key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -369,7 +369,7 @@ class _Computer:
                 yield texts[start : start + rows]
 
     def _run(self, batch: list[list[int]]) -> list[Tensor]:
-        """States ``[tokens, dimension]`` of each text of a batch."""
+        """States ``[tokens, width]`` of each text of a batch."""
         rows = self._rows(len(batch[0]))
         filled = (batch * rows)[:rows]
         ids = torch.tensor(filled, device=self._device)

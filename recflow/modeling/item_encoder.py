@@ -78,7 +78,7 @@ class ItemEncoder:
         mask = known.to(self._device)
         last = len(self._encoder.layers)
         if self._states is not None and self._constant is not None:
-            hidden = torch.zeros((*known.shape, self._encoder.dimension), device=self._device)
+            hidden = torch.zeros((*known.shape, self._encoder.width), device=self._device)
             hidden[mask] = self._states.gather(rows).to(self._device, torch.float32)
             hidden = self._encoder.run_layers(hidden, mask, self._constant, last)
         else:

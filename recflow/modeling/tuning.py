@@ -204,9 +204,8 @@ def _top_k_layers(config: TuningConfig, encoder: TextEncoder) -> Tuning:
     first = _first_tuned_layer(config, encoder)
     encoder.requires_grad_(False)
     encoder.layers[first:].requires_grad_(True)
-    encoder.learnt_pooling.requires_grad_(True)
-    if encoder.architecture.final_norm is not None:
-        encoder.architecture.final_norm.requires_grad_(True)
+    for module in encoder.top:
+        module.requires_grad_(True)
     return Tuning(first)
 
 

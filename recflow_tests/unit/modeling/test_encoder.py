@@ -70,6 +70,48 @@ def test_round_trip_of_description_and_weights(base_model: Path, tmp_path: Path)
     np.testing.assert_array_equal(TorchRuntime(again, 1)(tokens), TorchRuntime(encoder, 1)(tokens))
 
 
+def _projected(base_model: Path, dimension: int) -> TextEncoder:
+    transformer = load_pretrained(base_model).transformer
+    return TextEncoder(transformer, projection=dimension).eval()
+
+
+def test_a_projected_encoder_is_stored_with_its_projection(
+    base_model: Path, tmp_path: Path
+) -> None:
+    encoder = _projected(base_model, 48)
+    assert (encoder.width, encoder.dimension) == (32, 48)
+    save_encoder(encoder, tmp_path / "model.safetensors")
+    described = json.loads(json.dumps(describe_encoder(encoder)))
+    assert described["projection"] == 48
+    again = build_encoder(described)
+    load_weights(again.transformer, tmp_path / "model.safetensors")
+    tokens = TextTokenizer(base_model / "tokenizer.json", 16)(TEXTS)
+    vectors = TorchRuntime(again, 1)(tokens)
+    np.testing.assert_array_equal(vectors, TorchRuntime(encoder, 1)(tokens))
+    assert (vectors.shape, vectors.dtype) == ((4, 48), np.float32)
+
+
+def test_a_projection_comes_before_unit_length(base_model: Path) -> None:
+    tokens = TextTokenizer(base_model / "tokenizer.json", 16)(TEXTS)
+    plain = TorchRuntime(load_pretrained(base_model), 1, mixed=False)(tokens)
+    encoder = _projected(base_model, 8)
+    assert encoder.projection is not None
+    projected = plain @ encoder.projection.weight.detach().numpy().T
+    expected = projected / np.linalg.norm(projected, axis=1, keepdims=True)
+    np.testing.assert_allclose(TorchRuntime(encoder, 1, mixed=False)(tokens), expected, atol=1e-6)
+
+
+def test_a_description_from_before_projections_has_none(base_model: Path, tmp_path: Path) -> None:
+    encoder = load_pretrained(base_model)
+    save_encoder(encoder, tmp_path / "model.safetensors")
+    described = describe_encoder(encoder)
+    del described["projection"]
+    again = build_encoder(described)
+    load_weights(again.transformer, tmp_path / "model.safetensors")
+    assert again.projection is None
+    assert again.dimension == again.width == 32
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_directory_without_a_file_is_refused(copy: Path, name: str) -> None:
     (copy / name).unlink()

@@ -60,10 +60,10 @@ def test_states_are_those_of_the_encoder(encoder: TextEncoder, tmp_path: Path, l
 def test_gather_returns_texts_in_the_order_asked_for(encoder: TextEncoder, tmp_path: Path) -> None:
     states = fill(tmp_path, encoder, make_tokens(12))
     rows = np.array([7, 0, 7, 3])
-    assert states.gather(rows).shape == (states.lengths[rows].sum(), encoder.dimension)
+    assert states.gather(rows).shape == (states.lengths[rows].sum(), encoder.width)
     alone = [states.gather(rows[place : place + 1]) for place in range(len(rows))]
     assert torch.equal(states.gather(rows), torch.cat(alone))
-    assert states.gather(np.array([], dtype=np.int64)).shape == (0, encoder.dimension)
+    assert states.gather(np.array([], dtype=np.int64)).shape == (0, encoder.width)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float)])
@@ -355,7 +355,7 @@ def test_opening_maps_and_gathering_reads_only_what_is_asked_for(
     file = tmp_path / name
     small = load_file(file)
     rows = 500_000
-    filler = torch.ones(rows, encoder.dimension)
+    filler = torch.ones(rows, encoder.width)
     hashes = torch.cat([small["hashes"], torch.zeros(16, dtype=torch.uint8)])
     save_file(
         {

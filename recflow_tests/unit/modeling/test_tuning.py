@@ -257,6 +257,17 @@ def test_the_layer_of_a_weight(
     assert layer_of(encoder, name) == layer
 
 
+def test_the_projection_learns_with_the_top_and_not_below(directories: dict[str, Path]) -> None:
+    transformer = load_pretrained(directories["bert"]).transformer
+    plain = weights_digest(TextEncoder(transformer), LAYERS)
+    encoder = TextEncoder(transformer, projection=8)
+    name = "transformer.recflow.projection.weight"
+    assert layer_of(encoder, name) == LAYERS + 1
+    assert weights_digest(encoder, LAYERS) == plain
+    apply_strategy(TuningConfig("top_k_layers", tuned_layers=1), encoder)
+    assert dict(encoder.named_parameters())[name].requires_grad
+
+
 def test_the_digest_covers_what_the_hidden_states_depend_on(directories: dict[str, Path]) -> None:
     digests = {
         below: weights_digest(load_pretrained(directories["bert"]), below)

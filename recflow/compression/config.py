@@ -16,6 +16,8 @@ from recflow.modeling.config import (
     require_share,
 )
 
+BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
+CALIBRATIONS: Final = ("minmax", "percentile", "entropy")
 ALLOCATIONS: Final = ("uniform", "global")
 PATTERNS: Final = ("2:4", "unstructured")
 PRECISIONS: Final = ("fp32", "fp16", "bf16", "int8_dynamic", "int8_static", "int4")
@@ -162,6 +164,63 @@ class TrimmingConfig:
     def __post_init__(self) -> None:
         """Raise ConfigError at the first impossible value."""
         require_at_least(self, 1, "min_count", "threads")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationConfig:
+    """Which numbers the encoder is stored and computed in, and how much deviation to accept.
+
+    Attributes:
+        precision: ``fp32`` an ONNX graph in float32; ``fp16`` the same, stored in halves;
+            ``bf16`` PyTorch in bfloat16; ``int8_dynamic`` 8-bit weights, activations scaled per
+            call; ``int8_static`` the same with scales calibrated beforehand; ``int4`` 4-bit
+            weights, activations in float32.
+        parity_tolerance: Largest difference of any vector element between the float32 export and
+            PyTorch. Unit vectors have elements of about 0.05.
+        padding_tolerance: Largest difference of any vector element between a text alone and beside
+            longer ones, with the weights that are written. Scales of activations that are taken
+            per call depend on the whole batch, so that 8-bit graphs need some.
+        min_mean_cosine: Lowest mean cosine between the vectors that are written and PyTorch's in
+            float32, of real texts.
+        min_cosine: Lowest cosine of any of those texts.
+        block_size: Weights that share a scale in ``int4``; a power of two from 16 to 256.
+        calibration: How ``int8_static`` chooses the range of activations.
+        calibration_texts: Texts of train it is chosen on, evenly spread by length.
+        sample_texts: Texts that parity and cosines are measured on, evenly spread by length.
+        max_validation_impressions: Most impressions scored to report the accuracy.
+        threads: Threads used while measuring.
+        seed: Seed of everything random.
+    """
+
+    precision: str = "int8_dynamic"
+    parity_tolerance: float = 1e-4
+    padding_tolerance: float = 0.05
+    min_mean_cosine: float = 0.95
+    min_cosine: float = 0.8
+    block_size: int = 32
+    calibration: str = "minmax"
+    calibration_texts: int = 256
+    sample_texts: int = 256
+    max_validation_impressions: int = 2_000
+    threads: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError at the first impossible value."""
+        require_one_of(self, "precision", PRECISIONS)
+        require_one_of(self, "calibration", CALIBRATIONS)
+        require_ratio(self, "parity_tolerance", "padding_tolerance")
+        for key in ("min_mean_cosine", "min_cosine"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ConfigError.of(key, getattr(self, key), "above 0, at most 1")
+        if self.block_size not in BLOCK_SIZES:
+            raise ConfigError.of(
+                "block_size", self.block_size, ", ".join(str(size) for size in BLOCK_SIZES)
+            )
+        require_at_least(
+            self, 1, "calibration_texts", "sample_texts", "max_validation_impressions", "threads"
+        )
+        require_at_least(self, 0, "seed")
 
 
 def require_ratio(config: object, *keys: str) -> None:

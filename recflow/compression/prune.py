@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from recflow.compression.config import PruningConfig
-from recflow.core.columns import Columns
+from recflow.compression.recovery import encode_tokens, mean_cosine, recover, validation_auc
 from recflow.core.errors import ConfigError
 from recflow.core.seeding import make_rng
 from recflow.modeling.architectures import Bert, LayerShape
@@ -40,12 +40,11 @@ from recflow.modeling.encoder import (
     WEIGHTS_NAME,
     TextEncoder,
     TorchRuntime,
-    mixed_precision,
 )
 from recflow.modeling.layout import read_ranker_config
 from recflow.modeling.memory import peak_rss_bytes
-from recflow.modeling.objectives import mean_auc, per_click_losses
-from recflow.modeling.optimiser import Optimiser, ParameterGroup, deterministic
+from recflow.modeling.objectives import per_click_losses
+from recflow.modeling.optimiser import deterministic
 from recflow.modeling.ranker import (
     Ranker,
     RankerParts,
@@ -57,18 +56,14 @@ from recflow.modeling.ranker import (
 from recflow.modeling.sampling import click_batch, draw_clicks
 from recflow.modeling.texts import (
     TOKENIZER_NAME,
-    Rows,
     TextTokenizer,
     Vectors,
     encode_texts,
-    length_buckets,
-    pad_tokens,
 )
-from recflow.modeling.tracking import Progress, Tracker
+from recflow.modeling.tracking import Tracker
 
 logger = logging.getLogger("recflow.training")
 
-_STEPS_BETWEEN_METRICS = 10
 _OBJECTIVE = ObjectiveConfig()
 
 
@@ -150,16 +145,28 @@ def prune_ranker(
         for layer, kept in enumerate(choose_kept(importance, config)):
             prune_layer(student, layer, kept)
         tokens = tokenizer(index.texts)
-        before = _mean_cosine(student, tokenizer, index.texts, targets)
-        _recover(student, tokens, targets, config, tracker)
-        after = _mean_cosine(student, tokenizer, index.texts, targets)
+        before = mean_cosine(student, tokens, targets)
+        recover(
+            student,
+            tokens,
+            targets,
+            steps=config.recovery_steps,
+            batch_size=config.recovery_batch_size,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            gradient_clip=config.gradient_clip,
+            seed=config.seed,
+            tracker=tracker,
+            learning=student.layers.parameters(),  # the embeddings were not touched
+        )
+        after = mean_cosine(student, tokens, targets)
 
         save_ranker(output, student, tokenizer.path, parts)
         sample = validation.gather_every(
             max(1, math.ceil(len(validation) / config.max_validation_impressions))
         )
         parent_auc, auc = (
-            _validation_auc(Ranker(TorchRuntime(encoder, None), tokenizer, parts), items, sample)
+            validation_auc(Ranker(TorchRuntime(encoder, None), tokenizer, parts), items, sample)
             for encoder in (teacher, student)
         )
     tracker.log_metrics({"validation_auc": auc, "cosine": after}, step=config.recovery_steps)
@@ -250,7 +257,7 @@ def measure_importance(
             batch = click_batch(data, drawn, config.negatives, rng)
             rows = batch.distinct_items
             places = np.flatnonzero(np.isin(rows, batch.candidates))
-            encoded = _encode(encoder, [tokens[row] for row in rows[places]])
+            encoded = encode_tokens(encoder, [tokens[row] for row in rows[places]])
             mixed = kept[rows].index_copy(0, torch.from_numpy(places), encoded)
             scores = parts.user_model(
                 parts.user_model.describe_items(mixed, features[rows]),
@@ -354,73 +361,3 @@ def _copy_columns(source: nn.Linear, target: nn.Linear, columns: Tensor) -> None
     with torch.no_grad():
         target.weight.copy_(source.weight[:, columns])
         target.bias.copy_(source.bias)
-
-
-def _recover(
-    student: TextEncoder,
-    tokens: list[list[int]],
-    targets: Vectors,
-    config: PruningConfig,
-    tracker: Tracker,
-) -> None:
-    """Pull the student's vectors to the parent's by their cosine."""
-    if config.recovery_steps == 0:
-        return
-    student.requires_grad_(False)
-    student.layers.requires_grad_(True)  # the embeddings were not touched
-    optimiser = Optimiser(
-        [ParameterGroup(student.layers.parameters(), config.learning_rate)],
-        steps=config.recovery_steps,
-        warmup_share=0.1,
-        weight_decay=config.weight_decay,
-        gradient_clip=config.gradient_clip,
-    )
-    rng = make_rng(config.seed, "recovery")
-    progress = Progress("recovering", config.recovery_steps, "steps")
-    wanted = torch.from_numpy(targets)
-    for step, texts in enumerate(_text_batches(tokens, config, rng), start=1):
-        vectors = _encode(student, [tokens[text] for text in texts])
-        distance = 1 - (vectors * wanted[texts]).sum(-1).mean()
-        value = optimiser.step(distance, f"recovery step {step}")
-        progress.advance(1, f"distance {value:.4f}")
-        if step % _STEPS_BETWEEN_METRICS == 0:
-            tracker.log_metrics({"recovery_distance": value}, step=step)
-    progress.close()
-    student.requires_grad_(True)
-
-
-def _text_batches(
-    tokens: list[list[int]], config: PruningConfig, rng: np.random.Generator
-) -> Generator[Rows]:
-    """``recovery_steps`` batches of texts of similar length, in random order, all texts in turn."""
-    lengths = np.array([len(text) for text in tokens], dtype=np.int64)
-    left = config.recovery_steps
-    while left > 0:
-        shuffled = rng.permutation(len(lengths))
-        buckets = list(length_buckets(lengths[shuffled], config.recovery_batch_size))
-        for place in rng.permutation(len(buckets))[:left]:
-            yield shuffled[buckets[place]]
-        left -= len(buckets)
-
-
-def _encode(encoder: TextEncoder, tokens: list[list[int]]) -> Tensor:
-    ids, mask = map(torch.from_numpy, pad_tokens(tokens))
-    with mixed_precision():
-        return encoder(ids, mask)
-
-
-def _mean_cosine(
-    encoder: TextEncoder, tokenizer: TextTokenizer, texts: list[str], targets: Vectors
-) -> float:
-    vectors = encode_texts(TorchRuntime(encoder, None), tokenizer, texts)
-    return float(np.einsum("ij,ij->i", vectors, targets).mean())
-
-
-def _validation_auc(ranker: Ranker, items: pl.DataFrame, impressions: pl.DataFrame) -> float:
-    scores = ranker.scorer("validation", items).score(impressions)
-    lengths = scores.list.len().cast(pl.Int64).to_numpy()
-    return mean_auc(
-        scores.explode().to_numpy(),
-        impressions[Columns.LABELS].explode().cast(pl.Boolean).to_numpy(),
-        np.concatenate([[0], np.cumsum(lengths)]),
-    )

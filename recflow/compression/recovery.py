@@ -1,0 +1,153 @@
+"""What the compression steps share: teacher vectors, the training that recovers them, accuracy.
+
+Recovery pulls a changed encoder's item vectors back to those of the encoder it was made of. It
+needs item texts only, no clicks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from recflow.core.columns import Columns
+from recflow.core.seeding import make_rng
+from recflow.modeling.encoder import TextEncoder, TorchRuntime, mixed_precision
+from recflow.modeling.objectives import mean_auc
+from recflow.modeling.optimiser import Optimiser, ParameterGroup
+from recflow.modeling.ranker import Ranker
+from recflow.modeling.texts import Rows, Vectors, length_buckets, pad_tokens
+from recflow.modeling.tracking import Progress, Tracker
+
+STEPS_BETWEEN_METRICS: Final = 10
+
+_WARMUP_SHARE: Final = 0.1
+
+
+def recover(
+    student: TextEncoder,
+    tokens: Sequence[list[int]],
+    targets: Vectors,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    gradient_clip: float,
+    seed: int,
+    tracker: Tracker,
+    learning: Iterable[nn.Parameter],
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Pull the student's vectors to the targets by their cosine.
+
+    Every text takes its turn before any comes again. Afterwards all weights want gradients.
+
+    Args:
+        student: The encoder to train, in evaluation mode: its targets know no dropout.
+        tokens: Token ids of each text.
+        targets: Unit vector that each text should have, ``[texts, dimension]``.
+        steps: Optimiser steps; 0 changes nothing.
+        batch_size: Texts a step.
+        learning_rate: Peak learning rate.
+        weight_decay: AdamW's decoupled weight decay.
+        gradient_clip: Largest gradient norm.
+        seed: Seed of the order of the texts.
+        tracker: Told the mean distance, 1 - cosine, now and then.
+        learning: The student's weights that learn; the others stay as they are.
+        after_step: Called after every step, for what a step must not undo.
+
+    Raises:
+        PermanentError: A loss or gradient is not a number.
+    """
+    if steps == 0:
+        return
+    student.requires_grad_(False)
+    parameters = list(learning)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimiser = Optimiser(
+        [ParameterGroup(parameters, learning_rate)],
+        steps=steps,
+        warmup_share=_WARMUP_SHARE,
+        weight_decay=weight_decay,
+        gradient_clip=gradient_clip,
+    )
+    progress = Progress("recovering", steps, "steps")
+    wanted = torch.from_numpy(targets)
+    batches = text_batches(tokens, steps=steps, batch_size=batch_size, seed=seed)
+    for step, texts in enumerate(batches, start=1):
+        vectors = encode_tokens(student, [tokens[text] for text in texts])
+        distance = 1 - (vectors * wanted[texts]).sum(-1).mean()
+        value = optimiser.step(distance, f"recovery step {step}")
+        after_step()
+        progress.advance(1, f"distance {value:.4f}")
+        if step % STEPS_BETWEEN_METRICS == 0:
+            tracker.log_metrics({"recovery_distance": value}, step=step)
+    progress.close()
+    student.requires_grad_(True)
+
+
+def text_batches(
+    tokens: Sequence[list[int]], *, steps: int, batch_size: int, seed: int
+) -> Iterator[Rows]:
+    """``steps`` batches of texts of similar length, in random order, all texts in turn.
+
+    Args:
+        tokens: Token ids of each text.
+        steps: How many batches.
+        batch_size: Texts of a batch.
+        seed: Seed of the order.
+
+    Yields:
+        Numbers of the texts of a batch.
+    """
+    rng = make_rng(seed, "recovery")
+    lengths = np.array([len(text) for text in tokens], dtype=np.int64)
+    left = steps
+    while left > 0:
+        shuffled = rng.permutation(len(lengths))
+        buckets = list(length_buckets(lengths[shuffled], batch_size))
+        for place in rng.permutation(len(buckets))[:left]:
+            yield shuffled[buckets[place]]
+        left -= len(buckets)
+
+
+def encode_tokens(encoder: TextEncoder, tokens: Sequence[list[int]]) -> Tensor:
+    """Unit vectors ``[texts, dimension]`` of one batch, with gradients where weights want them."""
+    ids, mask = map(torch.from_numpy, pad_tokens(tokens))
+    with mixed_precision():
+        return encoder(ids, mask)
+
+
+def encode_all(encoder: TextEncoder, tokens: Sequence[list[int]]) -> Vectors:
+    """Unit vectors ``[texts, dimension]`` of all texts, in length buckets, without gradients."""
+    runtime = TorchRuntime(encoder, None)
+    vectors = np.empty((len(tokens), encoder.dimension), dtype=np.float32)
+    for bucket in length_buckets(np.array([len(text) for text in tokens], dtype=np.int64)):
+        vectors[bucket] = runtime([tokens[text] for text in bucket])
+    return vectors
+
+
+def mean_cosine(encoder: TextEncoder, tokens: Sequence[list[int]], targets: Vectors) -> float:
+    """Mean cosine between the encoder's vectors and unit vectors ``[texts, dimension]``."""
+    return float(np.einsum("ij,ij->i", encode_all(encoder, tokens), targets).mean())
+
+
+def validation_auc(ranker: Ranker, items: pl.DataFrame, impressions: pl.DataFrame) -> float:
+    """Mean AUC of a ranker over the impressions.
+
+    Raises:
+        ContractError: An item is unknown, or no impression has both a click and a non-click.
+    """
+    scores = ranker.scorer("validation", items).score(impressions)
+    lengths = scores.list.len().cast(pl.Int64).to_numpy()
+    return mean_auc(
+        scores.explode().to_numpy(),
+        impressions[Columns.LABELS].explode().cast(pl.Boolean).to_numpy(),
+        np.concatenate([[0], np.cumsum(lengths)]),
+    )

@@ -37,6 +37,7 @@ from recflow.modeling.architectures import (
     find_architecture,
 )
 from recflow.modeling.layout import CONFIG_NAME
+from recflow.modeling.low_rank import factorise, ranks_of
 from recflow.modeling.pooling import BottleneckAdapter, build_pooling, resolve_pooling
 from recflow.modeling.texts import TOKENIZER_NAME, TextTokenizer, Vectors, pad_tokens
 
@@ -368,13 +369,15 @@ def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
         },
         "layers": [{"heads": shape.heads, "channels": shape.channels} for shape in layers],
         "projection": None if encoder.projection is None else encoder.dimension,
+        "ranks": ranks_of(encoder.transformer),
     }
 
 
 def build_encoder(description: dict[str, Any]) -> TextEncoder:
     """Make an encoder of the described sizes; its weights hold anything until they are loaded.
 
-    A description without the key ``projection`` is of an encoder that has none.
+    A description without the key ``projection`` is of an encoder that has none, one without
+    ``ranks`` of an encoder without low-rank matrices.
 
     Raises:
         ArtifactError: The description is not one of :func:`describe_encoder`.
@@ -406,6 +409,11 @@ def build_encoder(description: dict[str, Any]) -> TextEncoder:
             raise ArtifactError(f"{len(shapes)} layer sizes for {len(encoder.layers)} layers")
         for index, shape in enumerate(shapes):
             encoder.architecture.resize(index, shape)
+    try:
+        ranks = {str(name): int(rank) for name, rank in description.get("ranks", {}).items()}
+        factorise(encoder.transformer, ranks)
+    except (AttributeError, TypeError, ValueError, ConfigError) as error:
+        raise ArtifactError(f"the encoder's ranks cannot be used: {error!r}") from error
     return encoder.eval()
 
 

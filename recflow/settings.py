@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from recflow.compression.family import DEFAULT_FAMILY
 from recflow.core.errors import ConfigError
 
 ENV_PREFIX = "RECFLOW_"
@@ -50,6 +51,9 @@ class Settings(BaseSettings):
         min_length=1,
         description="Folder of the pretrained encoder (config.json, model.safetensors, "
         "tokenizer.json), or its id on the Hugging Face hub (organisation/model)",
+    )
+    family: Path = Field(
+        DEFAULT_FAMILY, description="TOML file of the smaller models made of the fine-tuned one"
     )
     first_day: date = Field(date(2024, 1, 1), description="First day (UTC) of the logs")
     last_day: date | None = Field(

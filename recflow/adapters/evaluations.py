@@ -14,23 +14,23 @@ from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import (
     CLEANED_IMPRESSIONS,
     CLEANED_ITEMS,
-    FINE_TUNED,
+    COMPRESSED,
     LABEL_EFFICIENCY_STUDY,
     MEASUREMENTS,
     PREDICTIONS,
-    PRUNED,
-    QUANTIZED,
     REPORT,
     TEST,
 )
 from recflow.adapters.label_efficiency import label_shares
-from recflow.adapters.models import weights_hash
+from recflow.adapters.models import open_models, require_made_from, weights_hash
 from recflow.adapters.parquet_io import total_counts
 from recflow.adapters.snapshots import Snapshot as StoredSnapshot
 from recflow.adapters.snapshots import load_snapshot
+from recflow.compression.family import ROOT, Family
 from recflow.compression.measure import MeasurementConfig, measure
 from recflow.core.artifacts import Artifact, Draft, JsonValue, library_versions
 from recflow.core.columns import Columns
+from recflow.core.errors import ArtifactError
 from recflow.core.measurement import Latency, Measurement
 from recflow.core.seeding import make_rng
 from recflow.data.sources.base import Source
@@ -47,8 +47,6 @@ from recflow.evaluation.report import ReportContext, report_html, report_json, r
 from recflow.evaluation.scoring import Predictions, Scorer, Snapshot, predict
 from recflow.modeling.ranker import frozen_item_vectors, load_ranker
 
-VARIANTS = {"fine_tuned": FINE_TUNED, "pruned": PRUNED, "quantized": QUANTIZED}
-PARENT_OF = {"pruned": "fine_tuned", "quantized": "fine_tuned"}
 # Counters that a nightly job and a stream processor would have: a day old, and ten minutes old.
 COUNTER_DELAYS_MINUTES = (24 * 60, 10)
 COUNTER_HALF_LIFE_HOURS = 4
@@ -77,14 +75,19 @@ def build_predictions(
     store: ArtifactStore,
     snapshot: str,
     *,
+    family: Family,
     base_model: Path,
     config: ScoringConfig,
     code_version: str,
     rebuild: bool = False,
 ) -> Artifact:
-    """Score validation and test with every baseline and every model of the snapshot."""
-    models = {name: store.get(key, snapshot) for name, key in VARIANTS.items()}
+    """Score validation and test with every baseline and every model of the snapshot.
+
+    Raises:
+        ArtifactError: A model is missing or altered, or the models do not belong together.
+    """
     stored = load_snapshot(store, snapshot)
+    models = _models(store, snapshot, stored, family)
 
     def build(draft: Draft) -> None:
         data = Snapshot(
@@ -106,7 +109,7 @@ def build_predictions(
         snapshot,
         build,
         code_version=code_version,
-        parents={**stored.artifacts, **{VARIANTS[name]: model for name, model in models.items()}},
+        parents={**stored.artifacts, **_by_key(models)},
         config={
             **asdict(config),
             "base_model_sha256": weights_hash(base_model),
@@ -121,6 +124,7 @@ def build_measurements(
     store: ArtifactStore,
     snapshot: str,
     *,
+    family: Family,
     texts: int,
     config: MeasurementConfig,
     code_version: str,
@@ -131,13 +135,14 @@ def build_measurements(
     Args:
         store: Where the models are.
         snapshot: Partition of the snapshot.
+        family: The models.
         texts: Catalogue texts that are drawn to measure with.
         config: How to measure.
         code_version: Version of the measuring code.
         rebuild: Measure again what was measured.
     """
-    models = {name: store.get(key, snapshot) for name, key in VARIANTS.items()}
-    items = load_snapshot(store, snapshot).items
+    stored = load_snapshot(store, snapshot)
+    models, items = _models(store, snapshot, stored, family), stored.items
 
     def build(draft: Draft) -> None:
         sample = items[Columns.TEXT].sample(
@@ -156,7 +161,7 @@ def build_measurements(
         snapshot,
         build,
         code_version=code_version,
-        parents={VARIANTS[name]: model for name, model in models.items()},
+        parents=_by_key(models),
         config={**asdict(config), "texts": texts},
         rebuild=rebuild,
     )
@@ -166,6 +171,7 @@ def build_report(
     store: ArtifactStore,
     snapshot: str,
     *,
+    family: Family,
     source: Source,
     window: Sequence[str],
     context: ReportContext,
@@ -180,6 +186,7 @@ def build_report(
     Args:
         store: Where predictions, measurements and models are.
         snapshot: Partition of the snapshot.
+        family: The models.
         source: The logs; simulated ones know the truth.
         window: Partition keys of the snapshot's days, oldest first.
         context: Title, command and links; what the store knows is filled in here.
@@ -189,8 +196,10 @@ def build_report(
     """
     predictions = store.get(PREDICTIONS, snapshot)
     measurements = store.get(MEASUREMENTS, snapshot)
-    models = {name: store.get(key, snapshot) for name, key in VARIANTS.items()}
     stored = load_snapshot(store, snapshot)
+    models = _models(store, snapshot, stored, family)
+    for judged in (predictions, measurements):
+        require_made_from(judged, _by_key(models))
     parents = {PREDICTIONS: predictions, MEASUREMENTS: measurements, **stored.artifacts}
     study = _label_efficiency_study(store, stored, snapshot)
     if study is not None:
@@ -199,7 +208,7 @@ def build_report(
     def build(draft: Draft) -> None:
         data = _with_truth(stored, source, window)
         evaluation = evaluate(
-            load_predictions(predictions), data, replace(config, parents=PARENT_OF)
+            load_predictions(predictions), data, replace(config, parents=_parents(family, models))
         )
         costs = load_measurements(measurements)
         full = replace(
@@ -282,6 +291,33 @@ def load_measurements(artifact: Artifact) -> list[Measurement]:
         Measurement(**{**entry, "latencies": tuple(Latency(**x) for x in entry["latencies"])})
         for entry in content
     ]
+
+
+def _models(
+    store: ArtifactStore, snapshot: str, stored: StoredSnapshot, family: Family
+) -> dict[str, Artifact]:
+    """All models of the family, and the one found for a budget if it descends from their root."""
+    models = open_models(store, snapshot, stored, family)
+    found = store.existing(COMPRESSED, [snapshot]).get(snapshot)
+    if found is not None:
+        try:
+            models[_name_of(COMPRESSED)] = require_made_from(found, _by_key({ROOT: models[ROOT]}))
+        except ArtifactError as error:
+            logger.warning("%s; it is left out", error)
+    return models
+
+
+def _by_key(models: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    return {model.manifest.key: model for model in models.values()}
+
+
+def _parents(family: Family, models: Mapping[str, Artifact]) -> dict[str, str]:
+    """Each model's parent; of a model found by search, the root."""
+    return {name: family.parents.get(name, ROOT) for name in models if name != ROOT}
+
+
+def _name_of(key: str) -> str:
+    return key.rpartition("/")[2]
 
 
 def _scorers(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from recflow.adapters.artifact_store import ArtifactStore
-from recflow.adapters.keys import FINE_TUNED, PRUNED, QUANTIZED, TEST
+from recflow.adapters.keys import FINE_TUNED, TEST
 from recflow.adapters.snapshots import Snapshot, load_snapshot
-from recflow.compression.config import PruningConfig
-from recflow.compression.prune import PruningReport, prune_ranker
-from recflow.compression.quantize import QuantizationConfig, QuantizationReport, quantize_ranker
+from recflow.compression.family import ROOT, Family
 from recflow.core.artifacts import (
     MANIFEST_NAME,
     Artifact,
@@ -87,21 +85,41 @@ def build_fine_tuned(
     )
 
 
-def build_pruned(
+def build_variant(
     store: ArtifactStore,
     snapshot: str,
+    family: Family,
+    name: str,
     *,
-    config: PruningConfig,
+    config: Any,
     tracker: Tracker,
     code_version: str,
     rebuild: bool = False,
 ) -> Artifact:
-    """Prune the fine-tuned ranker of a snapshot and store the smaller one."""
-    data = load_snapshot(store, snapshot)
-    parent = store.get(FINE_TUNED, snapshot)
+    """Make one model of the family from its parent, and store it.
 
-    def prune(draft: Draft) -> PruningReport:
-        return prune_ranker(
+    Args:
+        store: Where the snapshot and the parent are.
+        snapshot: Partition of the snapshot.
+        family: The family.
+        name: The model.
+        config: Configuration of its step.
+        tracker: Told the configuration and the course of the step.
+        code_version: Version of the step's code.
+        rebuild: Make again what was made.
+
+    Raises:
+        ArtifactError: The parent is missing, altered, or was itself made from other splits or
+            another parent than the stored ones.
+        ConfigError: The step cannot be taken from this parent.
+        ParityError: An exported model does not reproduce its parent; nothing is stored.
+    """
+    variant = family.variants[name]
+    data = load_snapshot(store, snapshot)
+    parent = open_models(store, snapshot, data, family, [variant.parent])[variant.parent]
+
+    def take_step(draft: Draft) -> Any:
+        return variant.step.function()(
             parent=parent.path,
             output=draft.path,
             items=data.items,
@@ -113,53 +131,75 @@ def build_pruned(
 
     return _build(
         store,
-        PRUNED,
+        family.key(name),
         snapshot,
-        prune,
-        parents={**_without_test(data), FINE_TUNED: parent},
-        config={**asdict(config)},
+        take_step,
+        parents={**_without_test(data), family.key(variant.parent): parent},
+        config={"step": variant.step.name, **asdict(config)},
         tracker=tracker,
         code_version=code_version,
         rebuild=rebuild,
     )
 
 
-def build_quantized(
+def open_models(
     store: ArtifactStore,
     snapshot: str,
-    *,
-    config: QuantizationConfig,
-    tracker: Tracker,
-    code_version: str,
-    rebuild: bool = False,
-) -> Artifact:
-    """Quantize the fine-tuned ranker of a snapshot to int8 and store the ONNX model."""
-    data = load_snapshot(store, snapshot)
-    parent = store.get(FINE_TUNED, snapshot)
+    data: Snapshot,
+    family: Family,
+    names: Sequence[str] | None = None,
+) -> dict[str, Artifact]:
+    """Open models of the family that are whole and belong together.
 
-    def quantize(draft: Draft) -> QuantizationReport:
-        return quantize_ranker(
-            parent=parent.path, output=draft.path, items=data.items, config=config
-        )
+    Args:
+        store: Where they are.
+        snapshot: Partition of the snapshot.
+        data: The snapshot.
+        family: The family.
+        names: The models wanted; their ancestors are checked too. ``None`` takes all.
 
-    return _build(
-        store,
-        QUANTIZED,
-        snapshot,
-        quantize,
-        parents={**_without_test(data), FINE_TUNED: parent},
-        config={**asdict(config)},
-        tracker=tracker,
-        code_version=code_version,
-        rebuild=rebuild,
-    )
+    Returns:
+        The wanted models by name.
+
+    Raises:
+        ArtifactError: One is missing or altered, or was made from other splits or another parent
+            than the stored ones.
+    """
+    splits = _without_test(data)
+    opened: dict[str, Artifact] = {}
+
+    def opened_model(name: str) -> Artifact:
+        if name not in opened:
+            sources = dict(splits)
+            if name != ROOT:
+                parent = family.variants[name].parent
+                sources[family.key(parent)] = opened_model(parent)
+            opened[name] = require_made_from(store.get(family.key(name), snapshot), sources)
+        return opened[name]
+
+    return {name: opened_model(name) for name in (family.names if names is None else names)}
+
+
+def require_made_from(artifact: Artifact, sources: Mapping[str, Artifact]) -> Artifact:
+    """Return the artifact if it was made from exactly these.
+
+    Raises:
+        ArtifactError: Names the first that is another one now.
+    """
+    for key, source in sources.items():
+        if artifact.manifest.parents.get(key) != source.digest:
+            raise ArtifactError(
+                f"{artifact.path} was made from another {key} than the stored one; "
+                f"materialise {artifact.manifest.key} again"
+            )
+    return artifact
 
 
 def _build(
     store: ArtifactStore,
     key: str,
     snapshot: str,
-    make: Callable[[Draft], TrainingReport | PruningReport | QuantizationReport],
+    make: Callable[[Draft], Any],
     *,
     parents: Mapping[str, Artifact],
     config: Mapping[str, JsonValue],

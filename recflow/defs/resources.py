@@ -7,6 +7,7 @@ from types import TracebackType
 import dagster as dg
 
 from recflow.adapters.artifact_store import ArtifactStore
+from recflow.compression.family import load_family
 from recflow.core.errors import RecflowError
 from recflow.data.sources import open_source
 from recflow.data.sources.base import Source
@@ -24,9 +25,10 @@ def _show_sentence(
 
 try:
     settings = load_settings()
+    family = load_family(settings.family)
 except RecflowError:
-    # This ends the Dagster command that is loading recflow, whose user can mend the setting: the
-    # sentence helps, the stack does not.
+    # This ends the Dagster command that is loading recflow, whose user can mend the setting or the
+    # family: the sentence helps, the stack does not.
     sys.excepthook = _show_sentence
     raise
 

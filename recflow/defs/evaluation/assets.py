@@ -8,12 +8,10 @@ from pydantic import Field
 from recflow.adapters.keys import (
     CLEANED_IMPRESSIONS,
     CLEANED_ITEMS,
-    FINE_TUNED,
+    COMPRESSED,
     ITEMS,
     MEASUREMENTS,
     PREDICTIONS,
-    PRUNED,
-    QUANTIZED,
     REPORT,
     TEST,
     TRAIN,
@@ -31,10 +29,12 @@ from recflow.defs.common import (
 )
 from recflow.defs.models.assets import POOL, pretrained_spec
 from recflow.defs.partitions import WINDOW, window_keys
-from recflow.defs.resources import BaseModelResource, LogsResource, StoreResource, settings
+from recflow.defs.resources import BaseModelResource, LogsResource, StoreResource, family, settings
 from recflow.defs.tracking import run_metadata, tracker_of
 
 GROUP = "evaluation"
+# The last one is made when it is asked for, and judged with the others if it is there.
+MODELS = [*(family.key(name) for name in family.names), COMPRESSED]
 BEATS_BASELINES = "fine_tuned_beats_content_baselines"
 
 
@@ -65,7 +65,7 @@ class ReportConfig(Rebuild):
     kinds={"pytorch", "onnx", "parquet"},
     deps=[
         pretrained_spec,
-        *keys_of([FINE_TUNED, PRUNED, QUANTIZED, TRAIN, VALIDATION, TEST, ITEMS]),
+        *keys_of([*MODELS, TRAIN, VALIDATION, TEST, ITEMS]),
     ],
     pool=POOL,
     code_version="1",
@@ -83,6 +83,7 @@ def predictions(
     artifact = build_predictions(
         store.open(),
         context.partition_key,
+        family=family,
         base_model=base_model.path,
         config=ScoringConfig(
             catalogue_sample=config.catalogue_sample,
@@ -100,7 +101,7 @@ def predictions(
     group=GROUP,
     kinds={"pytorch", "onnx"},
     # After the predictions, not beside them: whatever else runs distorts what is measured.
-    deps=keys_of([PREDICTIONS, FINE_TUNED, PRUNED, QUANTIZED, ITEMS]),
+    deps=keys_of([PREDICTIONS, *MODELS, ITEMS]),
     pool=POOL,
     code_version="1",
     description="Size, latency, throughput and memory of every model, on this machine.",
@@ -115,6 +116,7 @@ def measurements(
     artifact = build_measurements(
         store.open(),
         context.partition_key,
+        family=family,
         texts=config.texts,
         config=MeasurementConfig(),
         code_version=code_version_of(context),
@@ -128,7 +130,7 @@ def measurements(
     group=GROUP,
     kinds={"html", "json"},
     deps=[
-        *keys_of([PREDICTIONS, MEASUREMENTS, FINE_TUNED, PRUNED, QUANTIZED]),
+        *keys_of([PREDICTIONS, MEASUREMENTS, *MODELS]),
         *keys_of([TRAIN, VALIDATION, TEST, ITEMS]),
         *(
             dg.AssetDep(key, partition_mapping=WINDOW)
@@ -153,6 +155,7 @@ def report(
     artifact = build_report(
         store.open(),
         day,
+        family=family,
         source=logs.open(),
         window=window_keys(day, settings.window_days),
         context=report_context(settings.source, day),

@@ -1,1 +1,1 @@
-"""Fine-tuned, pruned and quantized models."""
+"""The fine-tuned model and the family of smaller ones."""

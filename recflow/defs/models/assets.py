@@ -1,4 +1,4 @@
-"""Models: fine-tuned from the pretrained encoder, and the smaller versions of it."""
+"""Models: fine-tuned from the pretrained encoder, and the family of smaller ones made from it."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,27 +11,33 @@ from recflow.adapters.keys import (
     CONFIGURATION,
     FINE_TUNED,
     ITEMS,
-    PRUNED,
-    QUANTIZED,
     TRAIN,
     VALIDATION,
 )
 from recflow.adapters.mlflow_tracking import MlflowTracker
 from recflow.adapters.parquet_io import row_count
+from recflow.compression.family import Variant
 from recflow.core.artifacts import Artifact
 from recflow.defs.common import (
     OWNERS,
-    Rebuild,
     artifact_result,
     code_version_of,
     curve_plot,
     daily_asset,
     keys_of,
 )
-from recflow.defs.models.run_config import DEFAULTS, TrainingKeys, training_values
+from recflow.defs.models.run_config import (
+    DEFAULTS,
+    OF_THE_DEPLOYMENT,
+    TrainingKeys,
+    own_values,
+    run_config,
+    training_values,
+)
 from recflow.defs.partitions import EARLIER
-from recflow.defs.resources import BaseModelResource, StoreResource, settings
+from recflow.defs.resources import BaseModelResource, StoreResource, family, settings
 from recflow.defs.tracking import run_metadata, tracker_of
+from recflow.modeling.config import with_values
 
 GROUP = "models"
 # Steps that use every core; docker/dagster.yaml says how to keep them apart.
@@ -60,20 +66,6 @@ class FineTuningConfig(TrainingKeys):
     start_from: Literal["pretrained", "adapted"] = Field(
         "pretrained", description="adapted: start from models/adapted_encoder of this day"
     )
-
-
-class PruningRunConfig(Rebuild):
-    """How much of the encoder is removed, and how it recovers; see ``PruningConfig``."""
-
-    head_share: float = Field(1 / 3, description="Share of the attention heads removed")
-    channel_share: float = Field(0.5, description="Share of the feed-forward channels removed")
-    recovery_steps: int = Field(200, description="Steps of recovery training")
-
-
-class QuantizationRunConfig(Rebuild):
-    """How the encoder is quantized; see ``QuantizationConfig``."""
-
-    min_cosine: float = Field(0.95, description="Least mean cosine of int8 to float32 vectors")
 
 
 @daily_asset(
@@ -131,70 +123,53 @@ def fine_tuned(
     return _model_result(FINE_TUNED, artifact, mlflow, extra)
 
 
-@daily_asset(
-    PRUNED,
-    group=GROUP,
-    kinds={"pytorch"},
-    deps=keys_of([FINE_TUNED, TRAIN, VALIDATION, ITEMS]),
-    pool=POOL,
-    code_version="1",
-    description="The fine-tuned model with its least important attention heads and feed-forward "
-    "channels removed, trained briefly to recover.",
-)
-def pruned(
-    context: dg.AssetExecutionContext,
-    config: PruningRunConfig,
-    store: StoreResource,
-    mlflow: dg.ResourceParam[Any],
-) -> dg.MaterializeResult:
-    """Prune the fine-tuned model."""
-    from recflow.adapters.models import build_pruned
-    from recflow.compression.config import PruningConfig
+def _variant_asset(variant: Variant) -> dg.AssetsDefinition:
+    """The asset of one model of the family."""
+    keys = run_config(variant.config, without=OF_THE_DEPLOYMENT)
+    key = family.key(variant.name)
 
-    with tracker_of(mlflow, prefix="pruned.") as tracker:
-        artifact = build_pruned(
-            store.open(),
-            context.partition_key,
-            config=PruningConfig(
-                **_library_arguments(config), seed=settings.seed, threads=settings.threads
-            ),
-            tracker=tracker,
-            code_version=code_version_of(context),
-            rebuild=config.rebuild,
-        )
-    return _model_result(PRUNED, artifact, mlflow)
+    @daily_asset(
+        key,
+        group=GROUP,
+        kinds={*variant.step.kinds},
+        deps=keys_of([family.key(variant.parent), TRAIN, VALIDATION, ITEMS]),
+        pool=POOL,
+        code_version=variant.step.code_version,
+        description=f"{variant.step.summary} Made from `{variant.parent}`.",
+    )
+    def model(
+        context: dg.AssetExecutionContext,
+        config: keys,  # pyright: ignore[reportInvalidTypeForm]
+        store: StoreResource,
+        mlflow: dg.ResourceParam[Any],
+    ) -> dg.MaterializeResult:
+        from recflow.adapters.models import build_variant
+
+        with tracker_of(mlflow, prefix=f"{variant.name}.") as tracker:
+            artifact = build_variant(
+                store.open(),
+                context.partition_key,
+                family,
+                variant.name,
+                config=with_values(
+                    variant.config, {**own_values(config, keys), **of_the_deployment(variant)}
+                ),
+                tracker=tracker,
+                code_version=code_version_of(context),
+                rebuild=config.rebuild,
+            )
+        return _model_result(key, artifact, mlflow)
+
+    return model
 
 
-@daily_asset(
-    QUANTIZED,
-    group=GROUP,
-    kinds={"onnx"},
-    deps=keys_of([FINE_TUNED, ITEMS]),
-    pool=POOL,
-    code_version="1",
-    description="The fine-tuned model in 8-bit integers, executed by ONNX Runtime; exported only "
-    "if it reproduces the PyTorch model.",
-)
-def quantized(
-    context: dg.AssetExecutionContext,
-    config: QuantizationRunConfig,
-    store: StoreResource,
-    mlflow: dg.ResourceParam[Any],
-) -> dg.MaterializeResult:
-    """Quantize the fine-tuned model."""
-    from recflow.adapters.models import build_quantized
-    from recflow.compression.quantize import QuantizationConfig
+def of_the_deployment(variant: Variant) -> dict[str, int]:
+    """What the settings decide of a step's configuration."""
+    values = {"seed": settings.seed, "threads": settings.threads}
+    return {key: value for key, value in values.items() if hasattr(variant.config, key)}
 
-    with tracker_of(mlflow, prefix="quantized.") as tracker:
-        artifact = build_quantized(
-            store.open(),
-            context.partition_key,
-            config=QuantizationConfig(**_library_arguments(config), threads=settings.threads),
-            tracker=tracker,
-            code_version=code_version_of(context),
-            rebuild=config.rebuild,
-        )
-    return _model_result(QUANTIZED, artifact, mlflow)
+
+FAMILY_ASSETS = [_variant_asset(variant) for variant in family.variants.values()]
 
 
 def _log_datasets(tracker: MlflowTracker, store: StoreResource, snapshot: str) -> None:
@@ -202,11 +177,6 @@ def _log_datasets(tracker: MlflowTracker, store: StoreResource, snapshot: str) -
     for key, role in ((TRAIN, "training"), (VALIDATION, "validation"), (ITEMS, "catalogue")):
         data = store.open().get(key, snapshot)
         tracker.log_dataset(key, data.digest, row_count(data), role)
-
-
-def _library_arguments(config: Rebuild) -> dict[str, Any]:
-    """The run config's fields that the library's configuration has too."""
-    return {name: value for name, value in config.model_dump().items() if name != "rebuild"}
 
 
 def _model_result(

@@ -18,6 +18,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, create_model
 
+from recflow.compression import config as compression
 from recflow.defs.common import Rebuild
 from recflow.defs.resources import settings
 from recflow.modeling.adaptation_config import METHODS
@@ -56,6 +57,10 @@ CHOICES = {
     "primary_metric": METRICS,
     "strategy": STRATEGIES,
     "synchronisation": SYNCHRONISATIONS,
+    # What means something else in one class than in the others.
+    "PruningConfig.allocation": compression.ALLOCATIONS,
+    "QuantizationConfig.precision": compression.PRECISIONS,
+    "SparsificationConfig.pattern": compression.PATTERNS,
 }
 
 
@@ -66,7 +71,8 @@ def choice(key: str) -> Any:
     Its name says what is allowed. Dagster takes no optional ``Literal``.
     """
     allowed = CHOICES[key]
-    return Enum(f"{key}({' | '.join(allowed)})", {value: value for value in allowed})
+    name = key.rpartition(".")[2]
+    return Enum(f"{name}({' | '.join(allowed)})", {value: value for value in allowed})
 
 
 def as_values(config: dg.Config) -> dict[str, Any]:
@@ -121,7 +127,9 @@ def run_config(
             group = run_config(default, dg.Config)
             fields[key] = (group, Field(default_factory=group, description=texts[key]))
         else:
-            kind = choice(key) if key in CHOICES else _kind(hints[key])
+            own = f"{type(defaults).__name__}.{key}"
+            known = own if own in CHOICES else key
+            kind = choice(known) if known in CHOICES else _kind(hints[key])
             text = f"{texts[key]} Default: {default}."
             fields[key] = (kind | None, Field(None, description=text))
     name = type(defaults).__name__

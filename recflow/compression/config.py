@@ -19,6 +19,7 @@ from recflow.modeling.config import (
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
 CALIBRATIONS: Final = ("minmax", "percentile", "entropy")
 ALLOCATIONS: Final = ("uniform", "global")
+CRITERIA: Final = ("activation", "energy")
 PATTERNS: Final = ("2:4", "unstructured")
 PRECISIONS: Final = ("fp32", "fp16", "bf16", "int8_dynamic", "int8_static", "int4")
 
@@ -133,20 +134,51 @@ class LowRankConfig:
     """Matrices replaced by the product of two narrow ones.
 
     Attributes:
-        ratio: Share of the factorised matrices' weights that is left.
+        ratio: Share of the competing matrices' weights to keep at most.
+        criterion: ``activation`` keeps what matters to the outputs on texts of train, ``energy``
+            what matters to the weights alone (plain SVD).
+        embeddings: Whether the token embedding table competes with the matrices of the layers.
+        rank_multiple: Ranks are multiples of it; processors multiply whole vectors of 8 or 16.
+        calibration_texts: Texts of train that the inputs of the matrices are measured on.
+        recovery_steps: Optimiser steps of the recovery; 0 leaves it out.
+        recovery_batch_size: Item texts a step.
+        learning_rate: Peak learning rate of the recovery.
+        weight_decay: AdamW's decoupled weight decay.
+        gradient_clip: Largest gradient norm.
+        max_validation_impressions: Most impressions scored to report the accuracy.
         threads: Threads torch may use.
         seed: Seed of everything random.
     """
 
     ratio: float = 0.6
+    criterion: str = "activation"
+    embeddings: bool = False
+    rank_multiple: int = 8
+    calibration_texts: int = 512
+    recovery_steps: int = 200
+    recovery_batch_size: int = 64
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    max_validation_impressions: int = 2_000
     threads: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise ConfigError at the first impossible value."""
         require_ratio(self, "ratio")
-        require_at_least(self, 1, "threads")
-        require_at_least(self, 0, "seed")
+        require_one_of(self, "criterion", CRITERIA)
+        require_at_least(
+            self,
+            1,
+            "rank_multiple",
+            "calibration_texts",
+            "recovery_batch_size",
+            "max_validation_impressions",
+            "threads",
+        )
+        require_at_least(self, 0, "recovery_steps", "weight_decay", "seed")
+        require_above_zero(self, "learning_rate", "gradient_clip")
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,8 @@ class LowRankEmbedding(nn.Module):
 
 LowRank = LowRankLinear | LowRankEmbedding
 
+_PLAIN = (nn.Linear, nn.Embedding)
+
 
 def low_rank_modules(model: nn.Module) -> Iterator[tuple[str, LowRank]]:
     """Name and module of every factorised matrix of ``model``."""
@@ -106,7 +108,7 @@ def factorise(model: nn.Module, ranks: Mapping[str, int]) -> None:
     for name, rank in ranks.items():
         old = modules.get(name)
         # Subclasses do more than multiply; Gemma's table, for example, is scaled.
-        if type(old) not in (nn.Linear, nn.Embedding):
+        if not isinstance(old, nn.Linear | nn.Embedding) or type(old) not in _PLAIN:
             raise ConfigError.of("ranks", name, "names of linear layers and embedding tables")
         rows, columns = old.weight.shape
         if not 1 <= rank <= min(rows, columns):

@@ -187,15 +187,23 @@ class TrimmingConfig:
 
     Attributes:
         min_count: Occurrences in the texts of train that keep a token.
+        common_tokens: Most common tokens of the vocabulary, by their number, that are kept besides,
+            as insurance against texts to come.
+        max_texts: Most texts whose vectors are compared to report the risk.
+        max_validation_impressions: Most impressions scored to report the accuracy.
         threads: Threads torch may use while the loss is measured.
     """
 
     min_count: int = 1
+    common_tokens: int = 2_000
+    max_texts: int = 2_000
+    max_validation_impressions: int = 2_000
     threads: int = 2
 
     def __post_init__(self) -> None:
         """Raise ConfigError at the first impossible value."""
-        require_at_least(self, 1, "min_count", "threads")
+        require_at_least(self, 1, "min_count", "max_texts", "max_validation_impressions", "threads")
+        require_at_least(self, 0, "common_tokens")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from typing import cast
 
 import dagster as dg
 
+from recflow.defs.compression import assets as compression
 from recflow.defs.console import console_logger
 from recflow.defs.evaluation import assets as evaluation
 from recflow.defs.features import assets as features
@@ -19,7 +20,7 @@ from recflow.defs.splits import assets as splits
 from recflow.defs.studies import assets as studies
 from recflow.defs.tracking import tracked_executor, tracking_sensors
 
-STAGES = [ingest, prepare, features, splits, search, models, evaluation, studies]
+STAGES = [ingest, prepare, features, splits, search, models, compression, evaluation, studies]
 
 # A nightly retraining that succeeded is at most this old.
 FRESH_FOR = timedelta(hours=36)

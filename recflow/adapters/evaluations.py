@@ -31,7 +31,7 @@ from recflow.compression.measure import MeasurementConfig, measure
 from recflow.core.artifacts import Artifact, Draft, JsonValue, library_versions
 from recflow.core.columns import Columns
 from recflow.core.errors import ArtifactError
-from recflow.core.measurement import Latency, Measurement
+from recflow.core.measurement import Energy, Latency, Measurement
 from recflow.core.seeding import make_rng
 from recflow.data.sources.base import Source
 from recflow.data.split import Claim
@@ -285,12 +285,28 @@ def load_predictions(artifact: Artifact) -> list[Predictions]:
 
 
 def load_measurements(artifact: Artifact) -> list[Measurement]:
-    """Load the measured costs of every model."""
-    content = json.loads(artifact.file("measurements.json").read_text(encoding="utf-8"))
-    return [
-        Measurement(**{**entry, "latencies": tuple(Latency(**x) for x in entry["latencies"])})
-        for entry in content
-    ]
+    """Load the measured costs of every model.
+
+    Raises:
+        ArtifactError: They were measured by another recflow, which measured other things.
+    """
+    file = artifact.file("measurements.json")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return [
+            Measurement(
+                **{
+                    **entry,
+                    "latencies": tuple(Latency(**latency) for latency in entry["latencies"]),
+                    "energy": Energy(**entry["energy"]),
+                }
+            )
+            for entry in content
+        ]
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{file} is of another recflow ({error}); materialise {MEASUREMENTS} again"
+        ) from error
 
 
 def _models(

@@ -35,7 +35,7 @@ from recflow.compression.config import (
     TrimmingConfig,
 )
 from recflow.core.errors import ConfigError
-from recflow.modeling.config import config_from
+from recflow.modeling.config import config_from, with_values
 
 ROOT: Final = "fine_tuned"
 """The model that the family descends from."""
@@ -256,6 +256,12 @@ def family_from(content: Mapping[str, Any], folder: str = "models") -> Family:
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
     return family
+
+
+def with_deployment(config: Any, *, seed: int, threads: int) -> Any:
+    """A step's configuration with what the deployment decides, as far as the step knows it."""
+    values = {"seed": seed, "threads": threads}
+    return with_values(config, {k: v for k, v in values.items() if hasattr(config, k)})
 
 
 def check_chain(steps: list[str]) -> None:

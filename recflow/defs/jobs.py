@@ -1,4 +1,4 @@
-"""Jobs people start by name: ingest a day, train a snapshot, or all of it; search and study."""
+"""Jobs people start by name: ingest a day, train a snapshot, or all of it; search, study."""
 
 import dagster as dg
 
@@ -31,10 +31,16 @@ search_job = dg.define_asset_job(
     config=_CONSOLE,
     description="Search the training configuration on a snapshot; later trainings read it.",
 )
+compress_job = dg.define_asset_job(
+    "compress",
+    selection=dg.AssetSelection.groups("compression"),
+    config=_CONSOLE,
+    description="Search the chain of compression steps that meets a budget, on a snapshot.",
+)
 studies_job = dg.define_asset_job(
     "studies",
     selection=dg.AssetSelection.groups("studies"),
     config=_CONSOLE,
     description="Compare what the training engine can do on a snapshot; takes hours.",
 )
-JOBS = [ingest_job, train_job, full_job, search_job, studies_job]
+JOBS = [ingest_job, train_job, full_job, search_job, compress_job, studies_job]

@@ -16,7 +16,7 @@ from recflow.adapters.keys import (
 )
 from recflow.adapters.mlflow_tracking import MlflowTracker
 from recflow.adapters.parquet_io import row_count
-from recflow.compression.family import Variant
+from recflow.compression.family import Variant, with_deployment
 from recflow.core.artifacts import Artifact
 from recflow.defs.common import (
     OWNERS,
@@ -151,8 +151,10 @@ def _variant_asset(variant: Variant) -> dg.AssetsDefinition:
                 context.partition_key,
                 family,
                 variant.name,
-                config=with_values(
-                    variant.config, {**own_values(config, keys), **of_the_deployment(variant)}
+                config=with_deployment(
+                    with_values(variant.config, own_values(config, keys)),
+                    seed=settings.seed,
+                    threads=settings.threads,
                 ),
                 tracker=tracker,
                 code_version=code_version_of(context),
@@ -161,12 +163,6 @@ def _variant_asset(variant: Variant) -> dg.AssetsDefinition:
         return _model_result(key, artifact, mlflow)
 
     return model
-
-
-def of_the_deployment(variant: Variant) -> dict[str, int]:
-    """What the settings decide of a step's configuration."""
-    values = {"seed": settings.seed, "threads": settings.threads}
-    return {key: value for key, value in values.items() if hasattr(variant.config, key)}
 
 
 FAMILY_ASSETS = [_variant_asset(variant) for variant in family.variants.values()]

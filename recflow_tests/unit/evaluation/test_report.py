@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from recflow.core.errors import ConfigError
-from recflow.core.measurement import Latency, Measurement
+from recflow.core.measurement import Energy, Latency, Measurement
 from recflow.evaluation.evaluator import (
     Estimate,
     Evaluation,
@@ -39,11 +39,14 @@ def measurement(name: str, *, size: int = 90_000_000, speed: float = 100.0) -> M
         runtime="torch",
         threads=1,
         size_bytes=size,
+        serving_bytes=size + 1_000_000,
         parameters=22_000_000,
         load_seconds=0.5,
         texts_per_second=speed,
-        latencies=(Latency(32, 90.0, 95.0, 99.0, 50), Latency(1, 6.0, 7.0, 8.0, 200)),
+        throughput_spread=0.03,
+        latencies=(Latency(32, 90.0, 95.0, 99.0, 50, 0.01), Latency(1, 6.0, 7.0, 8.0, 300, -0.02)),
         peak_rss_bytes=400_000_000,
+        energy=Energy(None, "no counter"),
     )
 
 

@@ -18,8 +18,9 @@ from recflow.modeling.config import (
 
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
 CALIBRATIONS: Final = ("minmax", "percentile", "entropy")
+HIDDEN_LAYERS: Final = ("last", "every")
 ALLOCATIONS: Final = ("uniform", "global")
-CRITERIA: Final = ("activation", "energy")
+CRITERIA: Final = ("sensitivity", "activation", "energy")
 PATTERNS: Final = ("2:4", "unstructured")
 PRECISIONS: Final = ("fp32", "fp16", "bf16", "int8_dynamic", "int8_static", "int4")
 
@@ -28,22 +29,84 @@ PRECISIONS: Final = ("fp32", "fp16", "bf16", "int8_dynamic", "int8_static", "int
 class DistillationConfig:
     """A student of fewer layers, taught by the parent.
 
+    It learns from item texts first (vectors and hidden states of the teacher), then from clicks
+    (those of the log, and the scores the teacher gives the same slates).
+
     Attributes:
         layers: Layers of the student, taken evenly from the teacher's.
         width: Width of its hidden states; 0 keeps the teacher's.
+        epochs: Passes over the texts of train.
+        max_steps: Most optimiser steps on texts, however many texts there are.
+        batch_size: Texts a step.
+        learning_rate: Peak learning rate on texts.
+        hidden_layers: ``last`` compares the hidden states behind the last layer, ``every`` those
+            behind each layer with those behind the teacher's layer that it began as.
+        hidden_weight: What the distance of hidden states counts beside that of vectors; 0 leaves
+            it out.
+        click_steps: Optimiser steps on clicks; 0 leaves them out.
+        click_batch_size: Clicks a step.
+        click_texts: Most texts encoded with gradient a step on clicks.
+        negatives: Non-clicked candidates a click.
+        score_weight: Share of the teacher's scores in the loss on clicks; the rest are the clicks.
+        click_learning_rate: Peak learning rate on clicks.
+        tune_user_model: Whether the user model learns from the clicks as well.
+        weight_decay: AdamW's decoupled weight decay.
+        gradient_clip: Largest gradient norm.
+        validations: How often each of the two trainings is validated; its best state stays.
+        max_states_bytes: Most disk for the teacher's hidden states; where they need more, the
+            teacher computes them for every batch again.
+        max_validation_impressions: Most impressions scored to choose and report the accuracy.
         threads: Threads torch may use.
         seed: Seed of everything random.
     """
 
     layers: int = 3
     width: int = 0
+    epochs: int = 12
+    max_steps: int = 400
+    batch_size: int = 64
+    learning_rate: float = 5e-4
+    hidden_layers: str = "last"
+    hidden_weight: float = 1.0
+    click_steps: int = 60
+    click_batch_size: int = 64
+    click_texts: int = 64
+    negatives: int = 4
+    score_weight: float = 0.5
+    click_learning_rate: float = 1e-4
+    tune_user_model: bool = False
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    validations: int = 2
+    max_states_bytes: int = 2_000_000_000
+    max_validation_impressions: int = 2_000
     threads: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise ConfigError at the first impossible value."""
-        require_at_least(self, 1, "layers", "threads")
-        require_at_least(self, 0, "width", "seed")
+        require_at_least(
+            self,
+            1,
+            "layers",
+            "epochs",
+            "max_steps",
+            "batch_size",
+            "click_batch_size",
+            "click_texts",
+            "negatives",
+            "validations",
+            "max_validation_impressions",
+            "threads",
+        )
+        require_at_least(
+            self, 0, "width", "hidden_weight", "click_steps", "weight_decay", "max_states_bytes"
+        )
+        require_at_least(self, 0, "seed")
+        require_above_zero(self, "learning_rate", "click_learning_rate", "gradient_clip")
+        require_one_of(self, "hidden_layers", HIDDEN_LAYERS)
+        if not 0 <= self.score_weight <= 1:
+            raise ConfigError.of("score_weight", self.score_weight, "0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +198,11 @@ class LowRankConfig:
 
     Attributes:
         ratio: Share of the competing matrices' weights to keep at most.
-        criterion: ``activation`` keeps what matters to the outputs on texts of train, ``energy``
-            what matters to the weights alone (plain SVD).
+        criterion: ``sensitivity`` keeps what changes the item vectors of train, ``activation`` what
+            varies in the outputs of a matrix, ``energy`` looks at the weights alone (plain SVD).
         embeddings: Whether the token embedding table competes with the matrices of the layers.
         rank_multiple: Ranks are multiples of it; processors multiply whole vectors of 8 or 16.
-        calibration_texts: Texts of train that the inputs of the matrices are measured on.
+        calibration_texts: Texts of train that inputs and gradients of the matrices are measured on.
         recovery_steps: Optimiser steps of the recovery; 0 leaves it out.
         recovery_batch_size: Item texts a step.
         learning_rate: Peak learning rate of the recovery.
@@ -151,7 +214,7 @@ class LowRankConfig:
     """
 
     ratio: float = 0.6
-    criterion: str = "activation"
+    criterion: str = "sensitivity"
     embeddings: bool = False
     rank_multiple: int = 8
     calibration_texts: int = 512

@@ -15,23 +15,24 @@ from pathlib import Path
 
 import polars as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recflow.compression.config import LowRankConfig
 from recflow.compression.recovery import encode_all, mean_cosine, recover, validation_auc
 from recflow.compression.spectra import (
     Candidate,
     Moments,
+    Spectrum,
     allocate_ranks,
     layer_matrices,
-    lost_mean,
     measure_moments,
+    measure_sensitivity,
     output_error,
     output_spectrum,
     token_moments,
 )
 from recflow.core.errors import ConfigError
-from recflow.core.seeding import make_rng
+from recflow.core.seeding import derive_seed, make_rng
 from recflow.modeling.batching import items_in_use
 from recflow.modeling.encoder import WEIGHTS_NAME, TextEncoder, TorchRuntime
 from recflow.modeling.layout import read_ranker_config
@@ -229,11 +230,18 @@ def lower_ranks(
     Raises:
         ConfigError: The ratio cannot be reached.
     """
-    moments = _moments(encoder, matrices, tokens, config)
-    aware = config.criterion == "activation"
+    rng = make_rng(config.seed, "calibration")
+    drawn = rng.permutation(len(tokens))[: config.calibration_texts]
+    sample = [tokens[text] for text in drawn]
+    moments = _moments(encoder, matrices, tokens, sample)
+    sensitivities: dict[str, Tensor] = {}
+    if config.criterion == "sensitivity":
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "sensitivity"))
+        sensitivities = measure_sensitivity(encoder, matrices, sample, generator)
+    aware = config.criterion != "energy"
     weights = {name: _outputs_by_inputs(matrix) for name, matrix in matrices.items()}
     spectra = {
-        name: output_spectrum(weight, moments[name] if aware else None)
+        name: output_spectrum(weight, moments[name] if aware else None, sensitivities.get(name))
         for name, weight in weights.items()
     }
     candidates = {
@@ -241,15 +249,15 @@ def lower_ranks(
         for name, spectrum in spectra.items()
     }
     ranks = allocate_ranks(candidates, config.ratio, config.rank_multiple)
-    biases = {name: getattr(matrix, "bias", None) for name, matrix in matrices.items()}
+    biased = {name for name, m in matrices.items() if getattr(m, "bias", None) is not None}
     factorise(encoder.transformer, ranks)
     errors = {}
     for name, rank in ranks.items():
-        basis = spectra[name].basis[:, :rank]
+        kept = spectra[name].first(rank)
+        mean_kept = aware and name in biased
         module = encoder.transformer.get_submodule(name)
-        mean_kept = aware and biases[name] is not None
-        _set_factors(module, weights[name], basis, moments[name] if mean_kept else None)
-        errors[name] = output_error(weights[name], basis, moments[name], mean_kept=mean_kept)
+        _set_factors(module, weights[name], kept, moments[name] if mean_kept else None)
+        errors[name] = output_error(weights[name], kept, moments[name], mean_kept=mean_kept)
     everything = sum(one.rows * one.columns for one in candidates.values())
     saved = sum(
         one.rows * one.columns - ranks[name] * (one.rows + one.columns)
@@ -263,33 +271,35 @@ def _moments(
     encoder: TextEncoder,
     matrices: Mapping[str, Matrix],
     tokens: list[list[int]],
-    config: LowRankConfig,
+    sample: list[list[int]],
 ) -> dict[str, Moments]:
-    rng = make_rng(config.seed, "calibration")
-    drawn = rng.permutation(len(tokens))[: config.calibration_texts]
+    """Moments of the inputs: of matrices on a sample, of a table on all texts."""
     linear = {name: m for name, m in matrices.items() if isinstance(m, nn.Linear)}
-    moments = measure_moments(encoder, linear, [tokens[text] for text in drawn])
     tables = [name for name in matrices if name not in linear]
-    return {**moments, **{name: token_moments(encoder, tokens) for name in tables}}
+    return {
+        **measure_moments(encoder, linear, sample),
+        **{name: token_moments(encoder, tokens) for name in tables},
+    }
 
 
-def _outputs_by_inputs(matrix: Matrix) -> torch.Tensor:
+def _outputs_by_inputs(matrix: Matrix) -> Tensor:
     """The weights as ``[outputs, inputs]``; a table's input is the one-hot token."""
     weight = matrix.weight.detach()
     return weight.T if isinstance(matrix, nn.Embedding) else weight
 
 
 def _set_factors(
-    module: nn.Module, weight: torch.Tensor, basis: torch.Tensor, moments: Moments | None
+    module: nn.Module, weight: Tensor, kept: Spectrum, moments: Moments | None
 ) -> None:
-    """Project the outputs on ``basis``; with ``moments``, the bias keeps their mean."""
+    """Keep some directions of the outputs; with ``moments``, the bias keeps their mean."""
     assert isinstance(module, LowRankLinear | LowRankEmbedding)
-    down = basis.T @ weight.to(torch.float64)
+    matrix = weight.to(torch.float64)
+    down = kept.project @ matrix
     with torch.no_grad():
-        module.up.weight.copy_(basis)
+        module.up.weight.copy_(kept.expand)
         module.down.weight.copy_(down.T if isinstance(module, LowRankEmbedding) else down)
         if moments is not None:
-            module.up.bias.add_(lost_mean(weight, basis, moments))
+            module.up.bias.add_(kept.lost(matrix) @ moments.mean)
 
 
 def _learning(encoder: TextEncoder) -> list[nn.Parameter]:

@@ -44,6 +44,7 @@ from recflow.evaluation.baselines import (
 )
 from recflow.evaluation.evaluator import Evaluation, EvaluationConfig, evaluate
 from recflow.evaluation.report import ReportContext, report_html, report_json, result_table
+from recflow.evaluation.report.context import FamilyMember
 from recflow.evaluation.scoring import Predictions, Scorer, Snapshot, predict
 from recflow.modeling.ranker import frozen_item_vectors, load_ranker
 
@@ -219,6 +220,7 @@ def build_report(
             quarantine=_quarantine(store, window),
             training={name: _epochs(model) for name, model in models.items() if _epochs(model)},
             label_efficiency=label_shares(study) if study else (),
+            family=_family_tree(family, models),
             versions=library_versions(),
             parents={key: artifact.digest for key, artifact in parents.items()},
         )
@@ -330,6 +332,32 @@ def _by_key(models: Mapping[str, Artifact]) -> dict[str, Artifact]:
 def _parents(family: Family, models: Mapping[str, Artifact]) -> dict[str, str]:
     """Each model's parent; of a model found by search, the root."""
     return {name: family.parents.get(name, ROOT) for name in models if name != ROOT}
+
+
+def _family_tree(family: Family, models: Mapping[str, Artifact]) -> list[FamilyMember]:
+    """The models in the order of the tree, each with its step and what that changed."""
+    members = [FamilyMember(ROOT)]
+    for name, variant in family.variants.items():
+        members.append(
+            FamilyMember(
+                name,
+                parent=variant.parent,
+                step=variant.step.name,
+                description=variant.summary,
+            )
+        )
+    found = models.get(_name_of(COMPRESSED))
+    if found is not None:
+        chain = cast("list[str]", found.facts["chain"])
+        members.append(
+            FamilyMember(
+                _name_of(COMPRESSED),
+                parent=ROOT,
+                step="search",
+                description=" → ".join(chain),
+            )
+        )
+    return members
 
 
 def _name_of(key: str) -> str:

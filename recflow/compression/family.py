@@ -21,7 +21,7 @@ import importlib
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -163,6 +163,14 @@ class Variant:
     parent: str
     step: Step
     config: Any
+
+    @property
+    def summary(self) -> str:
+        """The step, and what of it differs from the defaults."""
+        defaults = asdict(self.step.config())
+        changed = {k: v for k, v in asdict(self.config).items() if v != defaults[k]}
+        options = ", ".join(f"{key} {value}" for key, value in changed.items())
+        return f"{self.step.name} ({options})" if options else self.step.name
 
 
 @dataclass(frozen=True, slots=True)

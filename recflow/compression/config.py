@@ -17,11 +17,13 @@ from recflow.modeling.config import (
 )
 
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
-CALIBRATIONS: Final = ("minmax", "percentile", "entropy")
+CALIBRATIONS: Final = ("minmax", "percentile")
 HIDDEN_LAYERS: Final = ("last", "every")
 ALLOCATIONS: Final = ("uniform", "global")
 CRITERIA: Final = ("sensitivity", "activation", "energy")
 PATTERNS: Final = ("2:4", "unstructured")
+_REMOVED_SHARES: Final = ("head_share", "channel_share")
+_PRUNING_TARGETS: Final = ("target_share", "target_latency_share")
 PRECISIONS: Final = ("fp32", "fp16", "bf16", "int8_dynamic", "int8_static", "int4")
 
 
@@ -114,8 +116,16 @@ class PruningConfig:
     """What to remove, and how to recover.
 
     Attributes:
-        head_share: Share of each layer's attention heads to remove.
-        channel_share: Share of each layer's feed-forward channels to remove.
+        allocation: ``uniform`` removes the same share of every layer, ``global`` lets the parts of
+            all layers compete.
+        head_share: Share of each layer's attention heads to remove, with ``uniform``; a third where
+            no share is given, none where only the other one is.
+        channel_share: The same of its feed-forward channels; half where no share is given.
+        target_share: Share of the layers' weights to keep, with ``global``; 5/9 where no target is
+            given, which is what ``uniform`` leaves by default.
+        target_latency_share: Share of the parent's time that the encoder may take, measured on this
+            machine; the other target of ``global``.
+        channel_multiple: With ``global``, a layer keeps a multiple of so many channels.
         importance_clicks: Training clicks that importance is measured on.
         importance_batch_size: Clicks a backward pass.
         negatives: Non-clicked candidates a click.
@@ -129,8 +139,12 @@ class PruningConfig:
         seed: Seed of everything random.
     """
 
-    head_share: float = 1 / 3
-    channel_share: float = 0.5
+    allocation: str = "uniform"
+    head_share: float | None = None
+    channel_share: float | None = None
+    target_share: float | None = None
+    target_latency_share: float | None = None
+    channel_multiple: int = 16
     importance_clicks: int = 256
     importance_batch_size: int = 32
     negatives: int = 4
@@ -145,14 +159,21 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError at the first impossible value."""
-        for key in ("head_share", "channel_share"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ConfigError.of(key, getattr(self, key), "at least 0 and below 1")
-        if self.head_share == self.channel_share == 0:
+        require_one_of(self, "allocation", ALLOCATIONS)
+        removed, targets = _given(self, *_REMOVED_SHARES), _given(self, *_PRUNING_TARGETS)
+        if self.allocation == "uniform" and targets:
+            raise ConfigError.of(targets[0], getattr(self, targets[0]), "none with uniform")
+        if self.allocation == "global" and removed:
+            raise ConfigError.of(removed[0], getattr(self, removed[0]), "none with global")
+        if len(targets) > 1:
+            raise ConfigError.of(" and ".join(targets), "given", "only one of them")
+        require_share(self, *removed)
+        require_ratio(self, *targets)
+        if self.allocation == "uniform" and self.removed_heads == self.removed_channels == 0:
             raise ConfigError.of("head_share and channel_share", 0, "at least one above 0")
         at_least_one = (
-            "importance_clicks importance_batch_size negatives recovery_batch_size "
-            "max_validation_impressions threads"
+            "channel_multiple importance_clicks importance_batch_size negatives "
+            "recovery_batch_size max_validation_impressions threads"
         )
         for key in at_least_one.split():
             if getattr(self, key) < 1:
@@ -163,6 +184,26 @@ class PruningConfig:
         for key in ("learning_rate", "gradient_clip"):
             if not getattr(self, key) > 0:
                 raise ConfigError.of(key, getattr(self, key), "a number above 0")
+
+    @property
+    def removed_heads(self) -> float:
+        """Share of each layer's heads that ``uniform`` removes."""
+        return self._removed(self.head_share, 1 / 3)
+
+    @property
+    def removed_channels(self) -> float:
+        """Share of each layer's channels that ``uniform`` removes."""
+        return self._removed(self.channel_share, 1 / 2)
+
+    def _removed(self, share: float | None, default: float) -> float:
+        if _given(self, *_REMOVED_SHARES):
+            return share or 0.0
+        return default
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the layers' weights that ``global`` keeps where latency is not the target."""
+        return 5 / 9 if self.target_share is None else self.target_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,21 +315,26 @@ class QuantizationConfig:
     """Which numbers the encoder is stored and computed in, and how much deviation to accept.
 
     Attributes:
-        precision: ``fp32`` an ONNX graph in float32; ``fp16`` the same, stored in halves;
-            ``bf16`` PyTorch in bfloat16; ``int8_dynamic`` 8-bit weights, activations scaled per
-            call; ``int8_static`` the same with scales calibrated beforehand; ``int4`` 4-bit
-            weights, activations in float32.
+        precision: ``fp32`` an ONNX graph in float32; ``fp16`` the same, stored in halves (ONNX
+            Runtime computes in float32 on the processor); ``bf16`` PyTorch in bfloat16;
+            ``int8_dynamic`` 8-bit weights, activations in 8 bits with a scale taken per call;
+            ``int8_static`` the same with scales calibrated beforehand; ``int4`` 4-bit weights,
+            activations in 8 bits. Embedding tables are int8 in the last three.
         parity_tolerance: Largest difference of any vector element between the float32 export and
             PyTorch. Unit vectors have elements of about 0.05.
-        padding_tolerance: Largest difference of any vector element between a text alone and beside
-            longer ones, with the weights that are written. Scales of activations that are taken
-            per call depend on the whole batch, so that 8-bit graphs need some.
+        padding_tolerance: Largest distance, 1 - cosine, of a text's vector alone and beside longer
+            texts, as it is written. Above zero for scales that are taken per call: they depend on
+            the other texts.
         min_mean_cosine: Lowest mean cosine between the vectors that are written and PyTorch's in
             float32, of real texts.
         min_cosine: Lowest cosine of any of those texts.
+        smoothing: How far large channels of activations are evened out before they become 8 bits:
+            0 not at all, 1 until all are equally large.
         block_size: Weights that share a scale in ``int4``; a power of two from 16 to 256.
-        calibration: How ``int8_static`` chooses the range of activations.
-        calibration_texts: Texts of train it is chosen on, evenly spread by length.
+        calibration: Range of activations in ``int8_static``: of all values, ``minmax``, or of
+            99.99 %, ``percentile``.
+        calibration_texts: Texts of train that smoothing and ranges are fitted on, evenly spread by
+            length.
         sample_texts: Texts that parity and cosines are measured on, evenly spread by length.
         max_validation_impressions: Most impressions scored to report the accuracy.
         threads: Threads used while measuring.
@@ -297,9 +343,10 @@ class QuantizationConfig:
 
     precision: str = "int8_dynamic"
     parity_tolerance: float = 1e-4
-    padding_tolerance: float = 0.05
+    padding_tolerance: float = 0.02
     min_mean_cosine: float = 0.95
     min_cosine: float = 0.8
+    smoothing: float = 0.65
     block_size: int = 32
     calibration: str = "minmax"
     calibration_texts: int = 256
@@ -316,6 +363,7 @@ class QuantizationConfig:
         for key in ("min_mean_cosine", "min_cosine"):
             if not 0 < getattr(self, key) <= 1:
                 raise ConfigError.of(key, getattr(self, key), "above 0, at most 1")
+        require_share(self, "smoothing")
         if self.block_size not in BLOCK_SIZES:
             raise ConfigError.of(
                 "block_size", self.block_size, ", ".join(str(size) for size in BLOCK_SIZES)
@@ -324,6 +372,11 @@ class QuantizationConfig:
             self, 1, "calibration_texts", "sample_texts", "max_validation_impressions", "threads"
         )
         require_at_least(self, 0, "seed")
+
+
+def _given(config: object, *keys: str) -> list[str]:
+    """Those of the keys that are not None."""
+    return [key for key in keys if getattr(config, key) is not None]
 
 
 def require_ratio(config: object, *keys: str) -> None:

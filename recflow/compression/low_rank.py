@@ -295,8 +295,11 @@ def _set_factors(
     assert isinstance(module, LowRankLinear | LowRankEmbedding)
     matrix = weight.to(torch.float64)
     down = kept.project @ matrix
+    # Factors of unlike sizes do not train: one learning rate would be too much for the smaller.
+    balance = (down.norm(dim=1) / kept.expand.norm(dim=0)).clamp_min(1e-12).sqrt()
+    up, down = kept.expand * balance, down / balance[:, None]
     with torch.no_grad():
-        module.up.weight.copy_(kept.expand)
+        module.up.weight.copy_(up)
         module.down.weight.copy_(down.T if isinstance(module, LowRankEmbedding) else down)
         if moments is not None:
             module.up.bias.add_(kept.lost(matrix) @ moments.mean)

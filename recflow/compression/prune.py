@@ -3,16 +3,18 @@
 Importance of a head or channel is the mean size of activation × gradient of the click loss on
 training impressions, the first-order estimate of what its removal costs (Michel et al. 2019,
 https://arxiv.org/abs/1905.10650; Molchanov et al. 2019, https://arxiv.org/abs/1906.10771). The
-matrices left are smaller, so that every runtime is faster. A short training then pulls the vectors
+matrices left are smaller, so that every runtime is faster. Each layer loses the same share, or the
+parts of all layers compete for the weights that stay until a size or a latency is reached
+(:mod:`recflow.compression.allocation`). A short training then pulls the vectors
 back to the parent's: it needs item texts only.
 """
 
 from __future__ import annotations
 
-import logging
+import copy
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from recflow.compression.allocation import (
+    KeptParts,
+    LayerImportance,
+    keep_globally,
+    keep_uniformly,
+    part_weights,
+    share_for_latency,
+)
 from recflow.compression.config import PruningConfig
 from recflow.compression.recovery import encode_tokens, mean_cosine, recover, validation_auc
 from recflow.core.errors import ConfigError
@@ -42,6 +52,7 @@ from recflow.modeling.encoder import (
     TorchRuntime,
 )
 from recflow.modeling.layout import read_ranker_config
+from recflow.modeling.low_rank import ranks_of
 from recflow.modeling.memory import peak_rss_bytes
 from recflow.modeling.objectives import per_click_losses
 from recflow.modeling.optimiser import deterministic
@@ -62,8 +73,6 @@ from recflow.modeling.texts import (
 )
 from recflow.modeling.tracking import Tracker
 
-logger = logging.getLogger("recflow.training")
-
 _OBJECTIVE = ObjectiveConfig()
 
 
@@ -74,6 +83,7 @@ class PruningReport:
     Attributes:
         heads: Attention heads left in each layer.
         channels: Feed-forward channels left in each layer.
+        kept_share: Share of the layers' weights that is left.
         parent_parameters: Weights of the parent's encoder.
         parameters: Weights of the pruned encoder.
         parent_bytes: Size of the parent's encoder weights.
@@ -89,6 +99,7 @@ class PruningReport:
 
     heads: tuple[int, ...]
     channels: tuple[int, ...]
+    kept_share: float
     parent_parameters: int
     parameters: int
     parent_bytes: int
@@ -125,7 +136,8 @@ def prune_ranker(
 
     Raises:
         ArtifactError: The parent is not a complete PyTorch ranker.
-        ConfigError: Its encoder has other layers than BERT's, or adapters.
+        ConfigError: Its encoder has other layers than BERT's, adapters or low-rank matrices, or
+            the target cannot be reached.
         ContractError: An impression names an unknown item, or has nothing to learn from.
         PermanentError: A loss or gradient is not a number.
     """
@@ -142,9 +154,8 @@ def prune_ranker(
 
         student = load_encoder(parent, described)
         importance = measure_importance(student, tokenizer, parts, index, targets, train, config)
-        for layer, kept in enumerate(choose_kept(importance, config)):
-            prune_layer(student, layer, kept)
         tokens = tokenizer(index.texts)
+        student = pruned_copy(student, choose_kept(student, importance, tokens, config))
         before = mean_cosine(student, tokens, targets)
         recover(
             student,
@@ -173,6 +184,7 @@ def prune_ranker(
     return PruningReport(
         heads=tuple(shape.heads for shape in prunable_layers(student).shapes),
         channels=tuple(shape.channels for shape in prunable_layers(student).shapes),
+        kept_share=count_parameters(student.layers) / count_parameters(teacher.layers),
         parent_parameters=count_parameters(teacher),
         parameters=count_parameters(student),
         parent_bytes=(parent / WEIGHTS_NAME).stat().st_size,
@@ -191,7 +203,7 @@ def prunable_layers(encoder: TextEncoder) -> Bert:
     """The architecture of an encoder whose heads and channels can be removed.
 
     Raises:
-        ConfigError: It has other layers than BERT's, or adapters behind them.
+        ConfigError: It has other layers than BERT's, adapters behind them, or low-rank matrices.
     """
     if not isinstance(encoder.architecture, Bert):
         raise ConfigError.of(
@@ -199,28 +211,9 @@ def prunable_layers(encoder: TextEncoder) -> Bert:
         )
     if encoder.adapters:
         raise ConfigError.of("strategy of the encoder to prune", "adapters", "any other strategy")
+    if ranks_of(encoder.transformer):
+        raise ConfigError.of("encoder to prune", "low-rank", "one whose matrices are whole")
     return encoder.architecture
-
-
-@dataclass(frozen=True, slots=True)
-class LayerImportance:
-    """Importance of the parts of one layer.
-
-    Attributes:
-        heads: Of each attention head, ``[heads]``.
-        channels: Of each feed-forward channel, ``[channels]``.
-    """
-
-    heads: Tensor
-    channels: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class KeptParts:
-    """Numbers of the parts of one layer that stay, sorted."""
-
-    heads: Tensor
-    channels: Tensor
 
 
 def measure_importance(
@@ -309,20 +302,48 @@ def _adder(sums: Tensor) -> Any:
     return hook
 
 
-def choose_kept(importance: list[LayerImportance], config: PruningConfig) -> list[KeptParts]:
-    """The most important heads and channels of each layer, at least one of each."""
-    return [
-        KeptParts(
-            heads=_most_important(layer.heads, config.head_share),
-            channels=_most_important(layer.channels, config.channel_share),
-        )
-        for layer in importance
-    ]
+def pruned_copy(encoder: TextEncoder, kept: Sequence[KeptParts]) -> TextEncoder:
+    """The encoder with the kept parts of its layers only; the encoder itself stays as it is."""
+    smaller = copy.deepcopy(encoder)
+    for layer, parts in enumerate(kept):
+        prune_layer(smaller, layer, parts)
+    return smaller
 
 
-def _most_important(importance: Tensor, removed_share: float) -> Tensor:
-    keep = max(1, round(len(importance) * (1 - removed_share)))
-    return importance.argsort(descending=True, stable=True)[:keep].sort().values
+def choose_kept(
+    encoder: TextEncoder,
+    importance: Sequence[LayerImportance],
+    tokens: Sequence[list[int]],
+    config: PruningConfig,
+) -> list[KeptParts]:
+    """What stays of each layer, as the configuration has it.
+
+    Args:
+        encoder: The encoder, not pruned.
+        importance: Of its layers' parts.
+        tokens: Token ids of the texts that the encoder is timed on where its latency is the target.
+        config: How much is to stay.
+
+    Raises:
+        ConfigError: The target cannot be reached.
+    """
+    if config.allocation == "uniform":
+        return keep_uniformly(importance, config.removed_heads, config.removed_channels)
+    weights = part_weights(encoder)
+
+    def kept(share: float) -> list[KeptParts]:
+        return keep_globally(importance, weights, share, config.channel_multiple)
+
+    if config.target_latency_share is None:
+        return kept(config.kept_share)
+    share = share_for_latency(
+        encoder,
+        lambda share: pruned_copy(encoder, kept(share)),
+        tokens,
+        config.target_latency_share,
+        make_rng(config.seed, "timing"),
+    )
+    return kept(share)
 
 
 def prune_layer(encoder: TextEncoder, index: int, kept: KeptParts) -> None:

@@ -8,12 +8,10 @@ import polars as pl
 import pytest
 import torch
 
+from recflow.compression.allocation import KeptParts
+from recflow.compression.config import PruningConfig
 from recflow.compression.prune import (
-    KeptParts,
-    LayerImportance,
-    PruningConfig,
     PruningReport,
-    choose_kept,
     measure_importance,
     prunable_layers,
     prune_layer,
@@ -24,7 +22,8 @@ from recflow.core.errors import ArtifactError, ConfigError
 from recflow.modeling.batching import items_in_use
 from recflow.modeling.encoder import TorchRuntime, load_pretrained
 from recflow.modeling.layout import read_ranker_config
-from recflow.modeling.ranker import load_encoder, load_parts, load_ranker
+from recflow.modeling.low_rank import factorise
+from recflow.modeling.ranker import load_encoder, load_parts, load_ranker, save_ranker
 from recflow.modeling.texts import TextTokenizer, encode_texts
 from recflow.modeling.tracking import NullTracker
 from recflow.modeling.trainer import TrainingReport
@@ -59,6 +58,7 @@ def _prune(
     items: pl.DataFrame,
     train: pl.DataFrame,
     validation: pl.DataFrame,
+    config: PruningConfig = QUICK,
 ) -> PruningReport:
     return prune_ranker(
         parent=parent,
@@ -66,7 +66,7 @@ def _prune(
         items=items,
         train=train,
         validation=validation,
-        config=QUICK,
+        config=config,
         tracker=NullTracker(),
     )
 
@@ -176,13 +176,52 @@ def test_a_head_that_does_nothing_has_no_importance(
     assert importance[0].channels.argmin() == 5
 
 
-def test_the_most_important_parts_stay() -> None:
-    importance = LayerImportance(
-        heads=torch.tensor([0.1, 3.0, 2.0]), channels=torch.tensor([5.0, 1.0, 4.0, 2.0])
+def test_parts_of_all_layers_compete_for_the_target(
+    trained: tuple[Path, TrainingReport],
+    items: pl.DataFrame,
+    train: pl.DataFrame,
+    validation: pl.DataFrame,
+    tmp_path: Path,
+) -> None:
+    config = PruningConfig(
+        allocation="global",
+        target_share=0.4,
+        channel_multiple=4,
+        importance_clicks=64,
+        recovery_steps=0,
+        threads=1,
     )
-    kept = choose_kept([importance], PruningConfig(head_share=0.9, channel_share=0.5))[0]
-    assert kept.heads.tolist() == [1]  # at least one stays
-    assert kept.channels.tolist() == [0, 2]
+    report = _prune(trained[0], tmp_path, items, train, validation, config)
+    assert 0.37 < report.kept_share <= 0.4
+    assert all(channels % 4 == 0 for channels in report.channels)
+    assert min(report.heads) >= 1
+    encoder = load_encoder(tmp_path, read_ranker_config(tmp_path))
+    shapes = prunable_layers(encoder).shapes
+    assert tuple(shape.heads for shape in shapes) == report.heads
+    assert tuple(shape.channels for shape in shapes) == report.channels
+
+
+def test_a_low_rank_parent_is_refused(
+    trained: tuple[Path, TrainingReport], items: pl.DataFrame, tmp_path: Path
+) -> None:
+    described = read_ranker_config(trained[0])
+    encoder, parts = load_encoder(trained[0], described), load_parts(trained[0], described)
+    factorise(encoder.transformer, {"encoder.layer.0.output.dense": 3})
+    parent, output = tmp_path / "parent", tmp_path / "output"
+    for folder in (parent, output):
+        folder.mkdir()
+    save_ranker(parent, encoder, trained[0] / "tokenizer.json", parts)
+    nothing = pl.DataFrame()
+    with pytest.raises(ConfigError, match="encoder to prune = 'low-rank'"):
+        _prune(parent, output, nothing, nothing, nothing)
+    assert list(output.iterdir()) == []
+
+
+def test_a_share_that_is_not_given_removes_nothing_beside_one_that_is() -> None:
+    default = PruningConfig()
+    assert (default.removed_heads, default.removed_channels) == (1 / 3, 1 / 2)
+    one = PruningConfig(channel_share=0.3)
+    assert (one.removed_heads, one.removed_channels) == (0, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +233,14 @@ def test_the_most_important_parts_stay() -> None:
         {"recovery_steps": -1},
         {"learning_rate": 0},
         {"importance_clicks": 0},
+        {"channel_multiple": 0},
+        {"allocation": "random"},
+        {"target_share": 0.5},  # uniform takes the other shares
+        {"target_latency_share": 0.5},
+        {"head_share": 0.5, "allocation": "global"},
+        {"target_share": 1.0, "allocation": "global"},
+        {"target_latency_share": 0.0, "allocation": "global"},
+        {"target_share": 0.5, "target_latency_share": 0.5, "allocation": "global"},
     ],
 )
 def test_impossible_configuration_is_refused(changes: dict[str, float]) -> None:

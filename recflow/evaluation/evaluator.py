@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -76,7 +77,7 @@ class EvaluationConfig:
         references: The scorer of each board that the others are compared with. A board without a
             scorer needs none.
         parents: Scorer by scorer, the one it was made from; compressed variants are compared with
-            it too.
+            it too. All scorers named here are a family, compared each with each.
         reliability_bins: Bins of the calibration curve.
 
     Raises:
@@ -147,6 +148,19 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class Paired:
+    """What one scorer gains over another in the primary metric, paired over the same resamples.
+
+    Attributes:
+        difference: Its metric less the other's.
+        relative: The difference as a share of the other's metric; -0.01 is one percent lost.
+    """
+
+    difference: Estimate
+    relative: Estimate
+
+
+@dataclass(frozen=True, slots=True)
 class ScorerResult:
     """Everything measured about one scorer.
 
@@ -209,12 +223,15 @@ class Evaluation:
         counts: What it was made on.
         scorers: One result a scorer, ordered by board, then best primary metric first.
         train_mean_rating_rmse: RMSE of predicting train's mean rating; ``None`` without ratings.
+        pairs: For every two scorers of the family (see :attr:`EvaluationConfig.parents`), in both
+            orders, what the first gains over the second.
     """
 
     config: EvaluationConfig
     counts: Counts
     scorers: tuple[ScorerResult, ...]
     train_mean_rating_rmse: float | None
+    pairs: Mapping[tuple[str, str], Paired] = field(default_factory=lambda: {})
 
     def __getitem__(self, name: str) -> ScorerResult:
         """The result of one scorer."""
@@ -255,7 +272,20 @@ def evaluate(
     results.sort(
         key=lambda r: (BOARDS.index(r.board), -r.metrics[config.primary_metric].value, r.name)
     )
-    return Evaluation(config, test.counts(everyone), tuple(results), test.train_mean_rating_rmse())
+    family = sorted({*config.parents, *config.parents.values()})
+    return Evaluation(
+        config,
+        test.counts(everyone),
+        tuple(results),
+        test.train_mean_rating_rmse(),
+        pairs={
+            (one, other): Paired(
+                resampled.difference(one, other, config.primary_metric),
+                resampled.relative(one, other, config.primary_metric),
+            )
+            for one, other in permutations(family, 2)
+        },
+    )
 
 
 class _Test:
@@ -442,6 +472,15 @@ class _Resampled:
             self._values[scorer, name] - self._values[other, name],
             self._replicates[scorer, name] - self._replicates[other, name],
         )
+
+    def relative(self, scorer: str, other: str, name: str) -> Estimate:
+        """The difference as a share of the other's value; resampled as one ratio."""
+        base = self._replicates[other, name]
+        ratios = np.full(len(base), np.nan)
+        np.divide(self._replicates[scorer, name] - base, base, out=ratios, where=base != 0)
+        value = self._values[other, name]
+        change = (self._values[scorer, name] - value) / value if value else float("nan")
+        return self._with_interval(change, ratios)
 
     def share(self, scorer: str, floor: str, ceiling: str, name: str) -> Estimate | None:
         """How far ``scorer`` is on the way from ``floor`` to ``ceiling``."""

@@ -8,6 +8,7 @@ the same bytes: no date, and ids hashed with the chart's name as salt.
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ _VARIABLES = {
     **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES, start=1)},
 }
 _WIDTH = 4.8  # inches; scaled to a phone the 10-point text is still read without zooming
+_LONG_NAME = 24  # letters
 _STYLE: dict[str, Any] = {
     "axes.edgecolor": _RULE,
     "axes.grid": True,
@@ -72,17 +74,19 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class CostPoint:
-    """A model's accuracy and cost.
+    """A model's accuracy and one of its costs.
 
     Attributes:
-        point: Its accuracy.
-        latency_ms: Median latency of one text, milliseconds.
-        size_mb: Size of the weights, megabytes.
+        number: What the dot is labelled with.
+        point: Its accuracy; strong if the model is on the frontier.
+        cost: The cost.
+        area: What the area of the dot stands for.
     """
 
+    number: int
     point: Point
-    latency_ms: float
-    size_mb: float
+    cost: float
+    area: float = 1.0
 
 
 def forest(salt: str, label: str, points: Sequence[Point], reference: float | None) -> Markup:
@@ -96,7 +100,7 @@ def forest(salt: str, label: str, points: Sequence[Point], reference: float | No
             axes.plot([point.value], [row], "o", color=color, markersize=6)
         if reference is not None:
             axes.axvline(reference, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_yticks(list(rows), [point.name for point in points])
+        axes.set_yticks(list(rows), [_in_two_lines(point.name) for point in points])
         axes.tick_params(axis="y", length=0, labelcolor=_INK)
         axes.set_ylim(-0.6, len(points) - 0.4)
         axes.grid(visible=False, axis="y")
@@ -107,34 +111,117 @@ def forest(salt: str, label: str, points: Sequence[Point], reference: float | No
     return _svg(salt, f"{label} of each scorer with its interval", 0.75 + 0.3 * len(points), draw)
 
 
-def cost(salt: str, label: str, points: Sequence[CostPoint]) -> Markup:
-    """Accuracy over latency; the area of a dot is the size of the model."""
+def _in_two_lines(name: str) -> str:
+    """Long names broken at the underscore next to their middle, so that the chart has room too."""
+    breaks = [place for place, letter in enumerate(name) if letter == "_"]
+    if len(name) <= _LONG_NAME or not breaks:
+        return name
+    place = min(breaks, key=lambda place: abs(place - len(name) / 2)) + 1
+    return f"{name[:place]}\n{name[place:]}"
+
+
+def cost(
+    salt: str, label: str, unit: str, points: Sequence[CostPoint], area: str | None = None
+) -> Markup:
+    """Accuracy over a cost, which is drawn on a log scale.
+
+    Filled dots are on the frontier; hollow ones are dominated. Where areas show a second cost, a
+    line joins the frontier.
+
+    Args:
+        salt: Name of the chart.
+        label: What is accuracy.
+        unit: What the cost is and its unit.
+        points: The models, with numbers instead of names: a dozen names would cover the dots.
+        area: Unit of what the areas stand for, for the legend; ``None`` where all are the same.
+    """
     from matplotlib import ticker
 
-    largest = max(point.size_mb for point in points)
+    largest = max(point.area for point in points)
+    kept = sorted((p for p in points if p.point.strong), key=lambda p: p.cost)
+
+    def size(value: float) -> float:
+        return 30 + 330 * value / largest if area else 60
 
     def draw(axes: Any) -> None:
-        for color, model in zip(_cycle(len(points)), points, strict=True):
-            point = model.point
+        if area:
+            axes.plot(
+                [p.cost for p in kept],
+                [p.point.value for p in kept],
+                color=_ACCENT,
+                linewidth=1.2,
+                linestyle=(0, (4, 3)),
+            )
+        for model in sorted(points, key=lambda p: -p.area):
+            point, color = model.point, _ACCENT if model.point.strong else _MUTED
             spread = [[point.value - point.low], [point.high - point.value]]
             axes.errorbar(
-                [model.latency_ms], [point.value], yerr=spread, fmt="none", ecolor=color, alpha=0.6
+                [model.cost], [point.value], yerr=spread, fmt="none", ecolor=color, alpha=0.35
             )
-            area = 40 + 360 * model.size_mb / largest
-            axes.scatter([model.latency_ms], [point.value], s=area, color=color, alpha=0.75)
-            # An empty dot of constant size for the legend; the real ones differ in area.
-            name = f"{point.name}, {model.size_mb:.1f} MB"
-            axes.plot([], [], "o", color=color, markersize=7, label=name)
+            axes.scatter(
+                [model.cost],
+                [point.value],
+                s=size(model.area),
+                facecolors=color if point.strong else "none",
+                edgecolors=color,
+                linewidths=1.4,
+                alpha=0.75 if point.strong else 1,
+            )
+        # Dots of constant size, outside the drawing, explain the marks.
+        axes.scatter([], [], s=50, color=_ACCENT, label="on the frontier")
+        axes.scatter([], [], s=50, facecolors="none", edgecolors=_MUTED, label="dominated")
+        if area:
+            smallest = min(point.area for point in points)
+            for value in dict.fromkeys((smallest, largest)):
+                axes.scatter(
+                    [], [], s=size(value), facecolors="none", edgecolors=_INK, linewidths=0.8,
+                    label=f"{value:,.0f} {area}",
+                )  # fmt: skip
         axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
-        axes.set_xlabel("median latency of one text, ms (log scale)")
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9, borderpad=0.8,
+            labelspacing=0.9,
+        )  # fmt: skip
+        axes.set_xlabel(f"{unit} (log scale)")
         axes.set_ylabel(label)
+        _number(axes, points, [size(point.area) for point in points])
 
-    return _svg(salt, f"{label} over latency of each model", 3.6, draw)
+    return _svg(salt, f"{label} over {unit} of each model", 3.9, draw)
+
+
+def _number(axes: Any, points: Sequence[CostPoint], sizes: Sequence[float]) -> None:
+    """Write each model's number beside its dot, where it covers the fewest other marks."""
+    axes.figure.draw_without_rendering()  # only now is it known where a point will be
+    scale = axes.figure.dpi / 72
+    centres = [axes.transData.transform((p.cost, p.point.value)) / scale for p in points]
+    taken = [(*centre, math.sqrt(size) / 2) for centre, size in zip(centres, sizes, strict=True)]
+    for point, (x, y), area in zip(points, centres, sizes, strict=True):
+        distance = math.sqrt(area) / 2 + 6.5
+
+        def crowding(place: tuple[float, float]) -> float:
+            gaps = (math.dist(place, mark[:2]) - mark[2] for mark in taken)
+            return sum(max(0.0, 6.0 - gap) for gap in gaps)
+
+        places = [
+            (x + factor * distance * math.cos(angle), y + factor * distance * math.sin(angle))
+            for factor in (1.0, 1.5, 2.0)
+            for angle in (math.pi / 4 * eighth for eighth in (0, 1, 7, 3, 5, 4, 2, 6))
+        ]
+        place = min(places, key=crowding)
+        taken.append((*place, 5.0))
+        axes.annotate(
+            str(point.number),
+            (point.cost, point.point.value),
+            xytext=(place[0] - x, place[1] - y),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9,
+        )
 
 
 def reliability(salt: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:

@@ -20,12 +20,14 @@ from recflow.evaluation.evaluator import (
     Comparison,
     Estimate,
     Evaluation,
+    Paired,
     ScorerResult,
     SegmentResult,
 )
 from recflow.evaluation.label_efficiency import LabelShare
 from recflow.evaluation.metrics import METRICS
 from recflow.evaluation.report.context import ReportContext
+from recflow.evaluation.report.family import Group, Relative, groups_of, paired, reason
 
 SCHEMA_VERSION = 1
 """Version of the JSON's layout; raised whenever a reader of the old one would fail or err."""
@@ -66,7 +68,7 @@ def document_of(
     evaluation: Evaluation, measurements: Sequence[Measurement], context: ReportContext
 ) -> Json:
     """The report as JSON values; see :func:`report_json`."""
-    costs = _by_scorer(evaluation, measurements)
+    costs = by_scorer(evaluation, measurements)
     config = evaluation.config
     used = {name for result in evaluation.scorers for name in result.metrics}
     return {
@@ -98,6 +100,20 @@ def document_of(
             for model, points in context.training.items()
         },
         "label_efficiency": [_label_share(row) for row in context.label_efficiency],
+        "compression": [
+            {
+                "board": group.board,
+                "members": [_member(relative, group, evaluation) for relative in group.relatives],
+            }
+            for group in groups_of(evaluation, costs, context.family)
+        ],
+        "item_vectors": [
+            {
+                key: _number(value) if isinstance(value, int | float) else value
+                for key, value in asdict(codec).items()
+            }
+            for codec in context.item_vectors
+        ],
         "provenance": {
             "command": context.command,
             "links": dict(context.links),
@@ -107,9 +123,10 @@ def document_of(
     }
 
 
-def _by_scorer(
+def by_scorer(
     evaluation: Evaluation, measurements: Sequence[Measurement]
 ) -> dict[str, Measurement]:
+    """The measurements by the scorer that they belong to; see :func:`report_json`."""
     names = [result.name for result in evaluation.scorers]
     costs = {measurement.name: measurement for measurement in measurements}
     if len(costs) != len(measurements):
@@ -189,6 +206,49 @@ def _segment(segment: SegmentResult) -> Json:
     }
 
 
+def _member(relative: Relative, group: Group, evaluation: Evaluation) -> JsonValue:
+    member, frontier = relative.member, group.frontier
+    name, primary = member.name, evaluation.config.primary_metric
+    replaced_by = frontier.dominated.get(name, ())
+    return {
+        "name": name,
+        "parent": member.parent,
+        "step": member.step,
+        "description": member.description,
+        "depth": relative.depth,
+        "root": relative.root,
+        "against_parent": None
+        if member.parent is None
+        else _paired(paired(evaluation, name, member.parent)),
+        "against_root": None
+        if name == relative.root
+        else _paired(paired(evaluation, name, relative.root)),
+        "verdict": "dominated"
+        if replaced_by
+        else "unjudged"
+        if name in frontier.unjudged
+        else "frontier",
+        "replaced_by": [
+            {
+                "name": found.by,
+                **_paired(found.gain),
+                "more_accurate": found.more_accurate,
+                "cost_ratios": {cost: _number(ratio) for cost, ratio in found.ratios.items()},
+                "cheaper": list(found.cheaper),
+                "reason": reason(found, primary),
+            }
+            for found in replaced_by
+        ],
+    }
+
+
+def _paired(comparison: Paired) -> Json:
+    return {
+        "difference": _estimate(comparison.difference),
+        "relative": _estimate(comparison.relative),
+    }
+
+
 def _relative(
     name: str, parent: str | None, evaluation: Evaluation, costs: Mapping[str, Measurement]
 ) -> JsonValue:
@@ -214,10 +274,16 @@ def _cost(measurement: Measurement) -> Json:
         "runtime": measurement.runtime,
         "threads": measurement.threads,
         "size_bytes": measurement.size_bytes,
+        "serving_bytes": measurement.serving_bytes,
         "parameters": measurement.parameters,
         "load_seconds": _number(measurement.load_seconds),
         "texts_per_second": _number(measurement.texts_per_second),
+        "throughput_spread": _number(measurement.throughput_spread),
         "peak_rss_bytes": measurement.peak_rss_bytes,
+        "energy": {
+            "joules_per_1000_texts": _number(measurement.energy.joules_per_1000_texts),
+            "source": measurement.energy.source,
+        },
         "latencies": [
             _latency(latency)
             for latency in sorted(measurement.latencies, key=lambda latency: latency.batch_size)
@@ -232,6 +298,7 @@ def _latency(latency: Latency) -> Json:
         "p95_ms": _number(latency.p95),
         "p99_ms": _number(latency.p99),
         "samples": latency.samples,
+        "drift": _number(latency.drift),
     }
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from recflow.core.measurement import Measurement
 from recflow.evaluation.baselines import OracleScorer
 from recflow.evaluation.evaluator import BOARDS, Board, Evaluation
+from recflow.evaluation.frontier import LARGEST_LOSS, TOLERANCE
 from recflow.evaluation.label_efficiency import METRICS as LABEL_METRICS
 from recflow.evaluation.metrics import METRICS, RANKING_METRICS, RETRIEVAL_CUTOFFS, TOP_K
 from recflow.evaluation.report import charts
@@ -49,13 +50,20 @@ def report_html(
     """
     document = cast("dict[str, Any]", document_of(evaluation, measurements, context))
     boards = [_BoardView(document, board) for board in BOARDS if evaluation.board(board)]
+    groups = [_GroupView(document, group) for group in document["compression"]]
     return (
         _environment()
         .get_template("page.html.j2")
         .render(
             document=document,
             boards=boards,
-            headlines=[line for view in boards for line in _headlines(view)],
+            groups=groups,
+            tolerance=TOLERANCE,
+            largest_loss=LARGEST_LOSS,
+            headlines=[
+                *(_best(view) for view in boards),
+                *(line for group in groups if (line := _smallest(group))),
+            ],
             training=_training_charts(document["training"]),
             metric_infos=document["metrics"],
             ranking_metrics=RANKING_METRICS,
@@ -87,81 +95,165 @@ class _BoardView:
         self.label = METRICS[self.primary].label
         self.scorers: list[dict[str, Any]] = [s for s in document["scorers"] if s["board"] == board]
         self.measured = [s for s in self.scorers if s["cost"]]
-        self.has_variants = any(s["relative_to_parent"] for s in self.measured)
+        self.dominated = {
+            member["name"]
+            for group in document["compression"]
+            for member in group["members"]
+            if member["replaced_by"]
+        }
         self.reference = next(
             (s["reference"]["name"] for s in self.scorers if s["reference"]), None
         )
         self.segments: list[dict[str, Any]] = self.scorers[0]["segments"]
         self.has_oracle = any(s["oracle_share"] for s in self.scorers)
         self.forest = self._forest()
-        self.cost = self._cost()
         self.reliability = self._reliability()
 
     def metrics(self, wanted: Sequence[str]) -> list[str]:
         """Those of the wanted metrics that a scorer of this board has."""
         return [name for name in wanted if any(name in s["metrics"] for s in self.scorers)]
 
-    def _point(self, scorer: Mapping[str, Any]) -> charts.Point:
-        estimate = scorer["metrics"][self.primary]
-        value = estimate["value"]
-        low, high = (value if estimate[end] is None else estimate[end] for end in ("low", "high"))
-        return charts.Point(scorer["name"], value, low, high, strong=bool(scorer["cost"]))
-
     def _forest(self) -> Markup:
         values = {s["name"]: s["metrics"][self.primary]["value"] for s in self.scorers}
         reference = None if self.reference is None else values[self.reference]
-        points = [self._point(scorer) for scorer in self.scorers]
+        points = [
+            _point(scorer, self.primary, strong=bool(scorer["cost"])) for scorer in self.scorers
+        ]
         return charts.forest(f"forest {self.name}", self.label, points, reference)
 
-    def _cost(self) -> Markup | None:
-        points = [
-            charts.CostPoint(
-                self._point(scorer),
-                scorer["cost"]["latencies"][0]["p50_ms"],
-                scorer["cost"]["size_bytes"] / 1e6,
-            )
-            for scorer in self.measured
-            if scorer["cost"]["latencies"]
-        ]
-        return charts.cost(f"cost {self.name}", self.label, points) if points else None
-
     def _reliability(self) -> Markup | None:
-        """Curves of the models and the reference, or of the best where no model was measured."""
+        """Curves of the reference and the models, or of the best where no model was measured.
+
+        A chart has fewer lines than a family has members: the dominated ones are left out first.
+        """
         shown = [s for s in self.scorers if s["cost"] or s["name"] == self.reference]
+        ranked = sorted(
+            shown if self.measured else self.scorers,
+            key=lambda s: (s["name"] != self.reference, s["name"] in self.dominated),
+        )
         curves = {
             scorer["name"]: [
                 (b["predicted"], b["observed"]) for b in scorer["calibration"]["curve"]
             ]
-            for scorer in (shown if self.measured else self.scorers)[: charts.MAX_LINES]
+            for scorer in ranked[: charts.MAX_LINES]
             if scorer["calibration"]
         }
         return charts.reliability(f"reliability {self.name}", curves) if curves else None
 
 
-def _headlines(view: _BoardView) -> list[_Headline]:
-    """The best scorer of the board, and the smallest of its compressed variants."""
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A model of a group: its number in charts and table, its place in the family, its results."""
+
+    number: int
+    member: Mapping[str, Any]
+    scorer: Mapping[str, Any]
+    root: Mapping[str, Any]
+
+    @property
+    def cost(self) -> Any:
+        """What it costs, as in the JSON; ``None`` where it was not measured."""
+        return self.scorer["cost"]
+
+    def ratio(self, key: str) -> float | None:
+        """A cost as a share of the root's."""
+        own, root = self.scorer["cost"], self.root["cost"]
+        if self.scorer is self.root or not own or not root or not root[key]:
+            return None
+        return own[key] / root[key]
+
+
+class _GroupView:
+    """What the template needs of the models compared in accuracy and cost."""
+
+    def __init__(self, document: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+        scorers = {scorer["name"]: scorer for scorer in document["scorers"]}
+        self.board: str = group["board"]
+        self.primary: str = document["protocol"]["primary_metric"]
+        self.label = METRICS[self.primary].label
+        self.rows = [
+            _Row(number, member, scorers[member["name"]], scorers[member["root"]])
+            for number, member in enumerate(group["members"], start=1)
+        ]
+        self.measured = [row for row in self.rows if row.cost]
+        self.is_family = any(row.member["parent"] is not None for row in self.rows)
+        self.root = self.rows[0].member["name"]
+        self.dominated = [row for row in self.rows if row.member["replaced_by"]]
+        sources: set[str] = {row.cost["energy"]["source"] for row in self.measured}
+        self.energy_sources = sorted(sources)
+        latencies: list[dict[str, Any]] = [
+            x for row in self.measured for x in row.cost["latencies"]
+        ]
+        self.samples: dict[int, int] = {x["batch_size"]: x["samples"] for x in latencies}
+        self.drift = max((abs(x["drift"] or 0.0) for x in latencies), default=0.0)
+        self.charts = self._charts()
+
+    def _charts(self) -> list[Markup]:
+        if not self.measured:
+            return []
+        name = f"{self.board} {self.label}"
+        charts_: list[Markup] = []
+        timed = [
+            (row, median)
+            for row in self.measured
+            if (median := _median_of_one(row.cost)) is not None
+        ]
+        if timed:
+            points = [
+                self._point(row, median, row.cost["peak_rss_bytes"] / 1e6) for row, median in timed
+            ]
+            unit = "median latency of one text, ms"
+            charts_.append(charts.cost(f"latency {name}", self.label, unit, points, "MB memory"))
+        points = [self._point(row, row.cost["serving_bytes"] / 1e6) for row in self.measured]
+        charts_.append(charts.cost(f"size {name}", self.label, "size on disk, MB", points))
+        return charts_
+
+    def _point(self, row: _Row, cost: float, area: float = 1.0) -> charts.CostPoint:
+        kept = row.member["verdict"] == "frontier"
+        return charts.CostPoint(
+            row.number, _point(row.scorer, self.primary, strong=kept), cost, area
+        )
+
+
+def _median_of_one(cost: Mapping[str, Any]) -> float | None:
+    return next((x["p50_ms"] for x in cost["latencies"] if x["batch_size"] == 1), None)
+
+
+def _point(scorer: Mapping[str, Any], metric: str, *, strong: bool) -> charts.Point:
+    estimate = scorer["metrics"][metric]
+    value = estimate["value"]
+    low, high = (value if estimate[end] is None else estimate[end] for end in ("low", "high"))
+    return charts.Point(scorer["name"], value, low, high, strong=strong)
+
+
+def _best(view: _BoardView) -> _Headline:
+    """The best scorer of the board."""
     best = next(s for s in view.scorers if s["name"] != OracleScorer.name)
     note = best["name"]
     if best["reference"]:
         gain = best["reference"]["differences"][view.primary]
         note += f", {_signed(gain['value'])} over {best['reference']['name']}"
     value = best["metrics"][view.primary]
-    lines = [
-        _Headline(f"best {view.label}, {view.name}", _plain(value["value"]), note),
+    return _Headline(f"best {view.label}, {view.name}", _plain(value["value"]), note)
+
+
+def _smallest(group: _GroupView) -> _Headline | None:
+    """The smallest compressed variant on the frontier."""
+    variants = [
+        row
+        for row in group.measured
+        if row.member["against_root"] and row.root["cost"] and not row.member["replaced_by"]
     ]
-    variants = [s for s in view.measured if "size_ratio" in (s["relative_to_parent"] or ())]
-    if variants:
-        small = min(variants, key=lambda s: s["cost"]["size_bytes"])
-        relative = small["relative_to_parent"]
-        lines.append(
-            _Headline(
-                f"size of {small['name']}",
-                f"{relative['size_ratio']:.0%}",
-                f"of {small['parent']['name']}, at {relative['throughput_ratio']:.1f}× its speed "
-                f"and {_percent(relative['primary_change'])} {view.label}",
-            )
-        )
-    return lines
+    if not variants:
+        return None
+    small = min(variants, key=lambda row: row.scorer["cost"]["serving_bytes"])
+    change = small.member["against_root"]["relative"]["value"]
+    return _Headline(
+        f"size of {small.member['name']}",
+        f"{small.ratio('serving_bytes'):.0%}",
+        f"of {small.member['root']}, at {small.ratio('texts_per_second'):.1f}× its speed "
+        f"and {_change(change)} {group.label}",
+    )
 
 
 def _training_charts(training: Mapping[str, Sequence[Mapping[str, float | None]]]) -> list[Any]:
@@ -201,7 +293,7 @@ def _environment() -> Environment:
         "milliseconds": _milliseconds,
         "millions": _millions,
         "thousands": _thousands,
-        "percent": _percent,
+        "change": _change,
         "verdict": _verdict,
         "is_web_link": _is_web_link,
     }
@@ -253,8 +345,8 @@ def _thousands(count: int) -> str:
     return f"{count:,}"
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:+.1%}".replace("-", "−")
+def _change(share: float | None) -> str:
+    return "–" if share is None else f"{share:+.2%}".replace("-", "−")
 
 
 def _is_web_link(url: str) -> bool:

@@ -10,6 +10,8 @@ from recflow.evaluation.label_efficiency import METRICS as LABEL_METRICS
 from recflow.evaluation.label_efficiency import LabelShare
 from recflow.evaluation.metrics import METRICS
 from recflow.evaluation.report.context import ReportContext
+from recflow.evaluation.report.document import by_scorer
+from recflow.evaluation.report.family import groups_of
 
 _NONE = "–"
 
@@ -23,8 +25,11 @@ def result_table(
         evaluation: The results.
         measurements: What the models cost, each named like its scorer.
         context: Names the report and the data.
+
+    Raises:
+        ConfigError: A measurement or a member of the family belongs to no scorer, or two to one.
     """
-    costs = {measurement.name: measurement for measurement in measurements}
+    costs = by_scorer(evaluation, measurements)
     counts, config = evaluation.counts, evaluation.config
     heading = (
         f"{context.title} – {context.data_name}\n"
@@ -32,18 +37,44 @@ def result_table(
         f"{config.confidence:.0%} intervals from {config.bootstrap_samples:,} resamples of "
         f"{config.cluster}s"
     )
-    tables = [_board_table(evaluation, board, costs) for board in BOARDS if evaluation.board(board)]
+    verdicts = _verdicts(evaluation, costs, context)
+    tables = [
+        _board_table(evaluation, board, costs, verdicts)
+        for board in BOARDS
+        if evaluation.board(board)
+    ]
     if context.label_efficiency:
         tables.append(_label_efficiency_table(context.label_efficiency))
     return "\n\n".join([heading, *tables])
 
 
-def _board_table(evaluation: Evaluation, board: Board, costs: dict[str, Measurement]) -> str:
+def _verdicts(
+    evaluation: Evaluation, costs: dict[str, Measurement], context: ReportContext
+) -> dict[str, str]:
+    """By model that was compared with another one: whether it is dominated, and by whom."""
+    verdicts: dict[str, str] = {}
+    for group in groups_of(evaluation, costs, context.family):
+        judged = dict.fromkeys(group.frontier.kept, "on the frontier")
+        for name, replaced_by in group.frontier.dominated.items():
+            judged[name] = f"dominated by {replaced_by[0].by}"
+        if len(judged) > 1:
+            verdicts |= judged
+    return verdicts
+
+
+def _board_table(
+    evaluation: Evaluation,
+    board: Board,
+    costs: dict[str, Measurement],
+    verdicts: dict[str, str],
+) -> str:
     primary = evaluation.config.primary_metric
     reference = evaluation.config.references.get(board)
     others = [name for name in ("auc", "mrr", "ndcg@10") if name != primary]
     header = [board, METRICS[primary].label, *(METRICS[name].label for name in others)]
-    header += [f"vs {reference}" if reference else "", "size", "p50 batch 1"]
+    header += [f"vs {reference}" if reference else "", "size on disk", "p50 batch 1"]
+    compared = any(result.name in verdicts for result in evaluation.board(board))
+    header += ["cost and accuracy"] * compared
     lines = [header]
     for result in evaluation.board(board):
         lines.append(
@@ -53,6 +84,7 @@ def _board_table(evaluation: Evaluation, board: Board, costs: dict[str, Measurem
                 *(f"{result.metrics[name].value:.4f}" for name in others),
                 _difference(result, primary),
                 *_cost(costs.get(result.name)),
+                *[verdicts.get(result.name, _NONE)] * compared,
             ]
         )
     return _aligned(lines)
@@ -92,7 +124,7 @@ def _cost(measurement: Measurement | None) -> list[str]:
         return [_NONE, _NONE]
     single = [latency.p50 for latency in measurement.latencies if latency.batch_size == 1]
     return [
-        f"{measurement.size_bytes / 1e6:.1f} MB",
+        f"{measurement.serving_bytes / 1e6:.1f} MB",
         f"{single[0]:.2f} ms" if single else _NONE,
     ]
 

@@ -182,6 +182,37 @@ def test_no_result_depends_on_the_order_of_rows(evaluation: Evaluation) -> None:
     assert_close(numbers(again), numbers(evaluation))
 
 
+def test_a_family_is_compared_each_with_each() -> None:
+    parents = {"text_similarity": "random", "category_share": "random"}
+    config = dataclasses.replace(CONFIG, parents=parents)
+    family = evaluate(predictions_of(SNAPSHOT), SNAPSHOT, config)
+    names = ("random", "text_similarity", "category_share")
+    assert set(family.pairs) == {(a, b) for a in names for b in names if a != b}
+    for (one, other), pair in family.pairs.items():
+        auc, base = (family[name].metrics["auc"].value for name in (one, other))
+        assert pair.difference.value == pytest.approx(auc - base)
+        assert pair.relative.value == pytest.approx((auc - base) / base)
+        back = family.pairs[other, one].difference
+        assert pair.difference.value == -back.value
+        # The same resamples both ways.
+        assert (pair.difference.low, pair.difference.high) == pytest.approx(
+            (-(back.high or 0), -(back.low or 0))
+        )
+        low, high = pair.relative.low, pair.relative.high
+        assert low is not None
+        assert high is not None
+        assert low <= pair.relative.value <= high
+    # The relative difference to the parent is that of the comparison with it.
+    parent = family["category_share"].parent
+    assert parent is not None
+    assert family.pairs["category_share", "random"].difference == parent.differences["auc"]
+
+
+def test_without_parents_there_is_no_family() -> None:
+    alone = evaluate(predictions_of(SNAPSHOT), SNAPSHOT, dataclasses.replace(CONFIG, parents={}))
+    assert alone.pairs == {}
+
+
 def test_a_second_evaluation_is_the_same(evaluation: Evaluation) -> None:
     assert evaluate(predictions_of(SNAPSHOT), SNAPSHOT, CONFIG) == evaluation
 

@@ -6,6 +6,7 @@ import sys
 from html.parser import HTMLParser
 from typing import Any
 
+import polars as pl
 import pytest
 
 from recflow.core.errors import ConfigError
@@ -21,6 +22,8 @@ from recflow.evaluation.evaluator import (
 from recflow.evaluation.label_efficiency import LabelShare
 from recflow.evaluation.report import (
     SCHEMA_VERSION,
+    FamilyMember,
+    ItemVectors,
     ReportContext,
     report_html,
     report_json,
@@ -211,10 +214,11 @@ def test_page_has_a_chart_of_each_kind(page: str) -> None:
     charts = [a.get("aria-label") or "" for tag, a in Page(page).elements if tag == "svg"]
     assert charts == [
         "AUC of each scorer with its interval",
-        "AUC over latency of each model",
         "Calibration: share clicked over predicted probability",
         "AUC of each scorer with its interval",
         "Calibration: share clicked over predicted probability",
+        "AUC over median latency of one text, ms of each model",
+        "AUC over size on disk, MB of each model",
         "loss over the epochs",
     ]
     identifiers = [a["id"] for _, a in Page(page).elements if "id" in a]
@@ -260,15 +264,29 @@ def test_names_of_scorers_and_segments_are_escaped(evaluation: Evaluation) -> No
         return dataclasses.replace(result, name=name, segments=segments, parent=None)
 
     other = dataclasses.replace(evaluation, scorers=tuple(map(renamed, evaluation.scorers)))
-    html = report_html(other, [measurement(HOSTILE)], CONTEXT)
+    costs = [measurement(HOSTILE), measurement("quantized", size=1, speed=101.0)]
+    hostile = dataclasses.replace(
+        CONTEXT,
+        family=[
+            FamilyMember(HOSTILE, None, HOSTILE, HOSTILE),
+            FamilyMember("quantized", HOSTILE, HOSTILE, HOSTILE),
+        ],
+        item_vectors=[ItemVectors(HOSTILE, 4.0)],
+    )
+    source = Energy(None, HOSTILE)
+    costs[0] = dataclasses.replace(costs[0], runtime=HOSTILE, energy=source)
+    html = report_html(other, costs, hostile)
     assert "<script" not in html
     assert HOSTILE in Page(html).text
+    assert html.count("alert(") >= 12
+    assert "dominated by" in Page(html).text
 
 
 def test_page_without_extras_is_still_a_page(evaluation: Evaluation) -> None:
     bare = ReportContext(title="t", data_name="d", snapshot_date="s", command="c")
     text = Page(report_html(evaluation, [], bare)).text
-    assert "Cost beside accuracy" not in text
+    assert "not measured" in text  # the family is known, its costs are not
+    assert "Item vectors" not in text
     assert "nothing was quarantined" in text
 
 
@@ -283,7 +301,8 @@ def test_table_has_a_row_a_scorer_on_its_board(evaluation: Evaluation) -> None:
     assert [line.split()[0] for line in counters.splitlines()[2:]] == ["popularity"]
     quantized = next(line for line in content.splitlines() if line.startswith("quantized"))
     assert f"{evaluation['quantized'].metrics['auc'].value:.4f} [" in quantized
-    assert quantized.endswith("22.5 MB      6.00 ms")
+    assert "23.5 MB" in quantized
+    assert "6.00 ms" in quantized
 
 
 def test_importing_the_evaluation_stays_cheap() -> None:
@@ -319,3 +338,195 @@ def test_a_report_without_the_study_does_not_mention_it(evaluation: Evaluation) 
     assert "few labels" not in report_html(evaluation, MEASUREMENTS, bare).lower()
     assert "adapted" not in result_table(evaluation, MEASUREMENTS, bare)
     assert json.loads(report_json(evaluation, MEASUREMENTS, bare))["label_efficiency"] == []
+
+
+# the family of smaller models
+
+FAMILY = [
+    FamilyMember("fine_tuned"),
+    FamilyMember("tiny", "pruned", "quantize", "int8, <every> channel"),
+    FamilyMember("quantized", "fine_tuned", "quantize"),
+    FamilyMember("pruned", "fine_tuned", "prune", "half of the channels"),
+]
+COSTS = [
+    measurement("fine_tuned"),
+    measurement("pruned", size=90_000_000, speed=99.0),
+    measurement("tiny", size=9_000_000, speed=300.0),
+]
+IN_ORDER = ["fine_tuned", "quantized", "pruned", "tiny"]
+
+
+@pytest.fixture(scope="module")
+def related() -> Evaluation:
+    """A family in which ``tiny`` is as accurate as ``fine_tuned``, and ``pruned`` is worse."""
+    made = predictions_of(SNAPSHOT)
+    clicks = SNAPSHOT.test.explode("candidates", "labels").group_by("candidates")
+    rates = dict(clicks.agg(pl.col("labels").mean()).iter_rows())
+    liking = {item: rates.get(item, 0.0) for item in SNAPSHOT.items["item_id"]}
+    values = {
+        "fine_tuned": liking,
+        "tiny": {item: 2 * value for item, value in liking.items()},
+        "pruned": {item: -value for item, value in liking.items()},
+        "quantized": {item: float(hash_free(item)) for item in liking},
+    }
+    made += [
+        predict(FixedScorer(scores, name), SNAPSHOT, catalogue_sample=20, seed=0)
+        for name, scores in values.items()
+    ]
+    parents = {member.name: member.parent for member in FAMILY if member.parent}
+    return evaluate(made, SNAPSHOT, EvaluationConfig(bootstrap_samples=50, parents=parents))
+
+
+@pytest.fixture(scope="module")
+def of_family() -> ReportContext:
+    vectors = [ItemVectors("float32", 1536.0, 1.0, 1.0, 1.0, 0.71), ItemVectors("pq", 48.0)]
+    return dataclasses.replace(CONTEXT, family=FAMILY, item_vectors=vectors)
+
+
+@pytest.fixture(scope="module")
+def family_page(related: Evaluation, of_family: ReportContext) -> str:
+    return report_html(related, COSTS, of_family)
+
+
+def test_json_holds_the_family_in_the_order_of_the_tree(
+    related: Evaluation, of_family: ReportContext
+) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    document = json.loads(report_json(related, COSTS, of_family))
+    jsonschema.validate(document, schema())
+    (group,) = document["compression"]
+    members = {member["name"]: member for member in group["members"]}
+    assert list(members) == IN_ORDER
+    assert [member["depth"] for member in members.values()] == [0, 1, 1, 2]
+    assert {member["root"] for member in members.values()} == {"fine_tuned"}
+    verdicts = [member["verdict"] for member in members.values()]
+    assert verdicts == ["dominated", "unjudged", "dominated", "frontier"]
+    tiny, pruned = members["tiny"], members["pruned"]
+    # Twice the scores rank the same: nothing is lost, and every resample agrees.
+    nothing = {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert tiny["against_root"] == {"difference": nothing, "relative": nothing}
+    auc = {name: related[name].metrics["auc"].value for name in IN_ORDER}
+    difference = auc["tiny"] - auc["pruned"]
+    assert tiny["against_parent"]["difference"]["value"] == pytest.approx(difference, abs=1e-6)
+    relative = pruned["against_root"]["relative"]
+    assert relative["value"] == pytest.approx(auc["pruned"] / auc["fine_tuned"] - 1, abs=1e-6)
+    assert relative["low"] <= relative["value"] <= relative["high"] < 0
+    (replacement,) = pruned["replaced_by"]
+    assert replacement["name"] == "tiny"
+    assert replacement["more_accurate"]
+    assert replacement["cost_ratios"]["size on disk"] == pytest.approx(10 / 91, abs=1e-6)
+    assert members["fine_tuned"]["against_root"] is None
+    assert document["item_vectors"][1] == {
+        "codec": "pq",
+        "bytes_per_item": 48.0,
+        "mean_cosine": None,
+        "recall_at_10": None,
+        "recall_at_100": None,
+        "validation_auc": None,
+    }
+
+
+def test_page_shows_the_family_and_names_the_dominated(
+    family_page: str, related: Evaluation
+) -> None:
+    parsed = Page(family_page)
+    assert "Compression: what a smaller model loses" in parsed.text
+    (table,) = [table for table in parsed.tables if "relative to" in table]
+    places = [table.index(f"{number} {name}") for number, name in enumerate(IN_ORDER, start=1)]
+    assert places == sorted(places)
+    assert table.count("○ dominated") == 2
+    assert table.count("● frontier") == 1
+    assert table.count("not measured") == 2  # the mark, and the cell of the costs
+    assert "not exposed" in table
+    for shown in ("quantize from pruned", "91.0", "0.11×", "6.00 / 7.00 / 8.00", "300 batches"):
+        assert shown in table
+    sentences = re.sub(r"\s+", " ", parsed.text)
+    better = related["tiny"].metrics["auc"].value - related["pruned"].metrics["auc"].value
+    assert (
+        f"pruned is dominated by tiny: its AUC is distinguishably better (+{better:.4f}"
+        in sentences
+    )
+    assert "fine_tuned is dominated by tiny: its AUC is no worse (+0.0000" in sentences
+    assert "Energy: no counter." in sentences
+    assert "int8, <every> channel" in sentences
+    (codecs,) = [table for table in parsed.tables if "recall@10" in table and "codec" in table]
+    assert "1,536" in codecs
+    assert "pq" in codecs
+
+
+def test_smallest_model_of_the_frontier_is_a_headline(family_page: str) -> None:
+    text = re.sub(r"\s+", " ", Page(family_page).text)
+    assert "size of tiny11%of fine_tuned, at 3.0× its speed and +0.00% AUC" in text
+
+
+def test_terminal_marks_the_dominated(related: Evaluation, of_family: ReportContext) -> None:
+    content = result_table(related, COSTS, of_family).split("\n\n")[1]
+    endings = {line.split()[0]: line for line in content.splitlines()}
+    assert endings["pruned"].endswith("dominated by tiny")
+    assert endings["tiny"].endswith("on the frontier")
+    assert endings["quantized"].endswith("–")
+
+
+def test_the_parents_that_the_evaluation_knows_are_a_family(related: Evaluation) -> None:
+    (group,) = json.loads(report_json(related, COSTS, CONTEXT))["compression"]
+    members = {member["name"]: (member["parent"], member["depth"]) for member in group["members"]}
+    assert members == {
+        "fine_tuned": (None, 0),
+        "pruned": ("fine_tuned", 1),
+        "quantized": ("fine_tuned", 1),
+        "tiny": ("pruned", 2),
+    }
+
+
+def test_models_without_a_family_are_compared_too(related: Evaluation) -> None:
+    alone = dataclasses.replace(
+        related, scorers=tuple(dataclasses.replace(r, parent=None) for r in related.scorers)
+    )
+    costs = [measurement("random"), measurement("popularity")]
+    html = report_html(alone, costs, dataclasses.replace(CONTEXT, family=()))
+    assert "Compression" not in html
+    groups = json.loads(report_json(alone, costs, CONTEXT))["compression"]
+    assert [group["board"] for group in groups] == ["content-only", "counter-aware"]
+    identifiers = [a["id"] for _, a in Page(html).elements if "id" in a]
+    assert len(identifiers) == len(set(identifiers))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ([FamilyMember("unknown")], "family member = 'unknown'"),
+        ([FamilyMember("tiny"), FamilyMember("tiny")], "every model once"),
+        ([FamilyMember("tiny", "pruned")], "parent of 'tiny' = 'pruned'"),
+        (
+            [FamilyMember("tiny", "pruned"), FamilyMember("pruned", "tiny")],
+            "parent of 'tiny' = 'pruned'.*no descendant",
+        ),
+        (
+            [FamilyMember("popularity"), FamilyMember("tiny", "popularity")],
+            "on the same board",
+        ),
+    ],
+)
+def test_a_family_that_cannot_be_is_refused(
+    related: Evaluation, family: list[FamilyMember], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        report_json(related, [], dataclasses.replace(CONTEXT, family=family))
+
+
+def test_a_large_family_still_has_one_line_a_model_in_the_charts_it_fits(
+    related: Evaluation,
+) -> None:
+    """Names of up to 60 letters, and more models than a chart has colours."""
+    names = [f"distilled_pruned_low_rank_trimmed_quantized_variant_{n:02d}" for n in range(14)]
+    made = [
+        dataclasses.replace(related["tiny"], name=name, parent=None, reference=None)
+        for name in names
+    ]
+    large = dataclasses.replace(related, scorers=(*related.scorers, *made))
+    costs = [measurement(name, size=90_000_000 - n) for n, name in enumerate(names)]
+    family = [FamilyMember("fine_tuned"), *(FamilyMember(name, "fine_tuned") for name in names)]
+    html = report_html(large, costs, dataclasses.replace(CONTEXT, family=family))
+    (latency,) = re.findall(r'<svg[^>]*aria-label="AUC over median latency.*?</svg>', html, re.S)
+    labels = re.findall(r"<text[^>]*>(\d+)</text>", latency)
+    assert {str(number) for number in range(2, 16)} <= set(labels)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -111,13 +111,21 @@ class Ranker:
         """Unit vectors ``[texts, dimension]`` float32, in the order of the texts."""
         return encode_texts(self._runtime, self._tokenizer, texts)
 
-    def scorer(self, name: str, items: pl.DataFrame) -> ContentScorer:
-        """A scorer over an item-features table; items are encoded when first needed.
+    def scorer(
+        self, name: str, items: pl.DataFrame, vectors: Callable[[Rows], Vectors] | None = None
+    ) -> ContentScorer:
+        """A scorer over an item-features table.
+
+        Args:
+            name: Name on the board.
+            items: Item features.
+            vectors: Looks up the unit vectors of rows of ``items``, e.g. in a store; where there is
+                none, items are encoded when first needed.
 
         Raises:
             ContractError: An item occurs twice.
         """
-        return ContentScorer(name, self, ItemIndex(items))
+        return ContentScorer(name, self, ItemIndex(items), vectors)
 
 
 class ContentScorer:
@@ -127,10 +135,17 @@ class ContentScorer:
         name: Name on the board.
     """
 
-    def __init__(self, name: str, ranker: Ranker, items: ItemIndex) -> None:
-        """Prepare for a table of items."""
+    def __init__(
+        self,
+        name: str,
+        ranker: Ranker,
+        items: ItemIndex,
+        vectors: Callable[[Rows], Vectors] | None = None,
+    ) -> None:
+        """Prepare for a table of items; their ``vectors`` are looked up, or else computed."""
         self.name = name
         self._ranker, self._items = ranker, items
+        self._look_up = vectors or self._encode
         self._model = ranker.parts.user_model
         self._features = ranker.parts.features(items)
         self._vectors = np.zeros((len(items), ranker.dimension), dtype=np.float32)
@@ -185,10 +200,13 @@ class ContentScorer:
         newest = impressions[Columns.HISTORY].list.tail(self._model.shape.history_length)
         return self._items.ragged(newest)
 
+    def _encode(self, rows: Rows) -> Vectors:
+        return self._ranker.encode([self._items.texts[row] for row in rows])
+
     def _states(self, rows: Rows) -> ItemStates:
         missing = rows[~self._encoded[rows]]
         if len(missing):
-            self._vectors[missing] = self._ranker.encode([self._items.texts[i] for i in missing])
+            self._vectors[missing] = self._look_up(missing)
             self._encoded[missing] = True
         with torch.inference_mode():
             return self._model.describe_items(

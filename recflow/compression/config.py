@@ -17,11 +17,13 @@ from recflow.modeling.config import (
 )
 
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
+CODECS: Final = ("float32", "float16", "int8", "pq")
 CALIBRATIONS: Final = ("minmax", "percentile")
 HIDDEN_LAYERS: Final = ("last", "every")
 ALLOCATIONS: Final = ("uniform", "global")
 CRITERIA: Final = ("sensitivity", "activation", "energy")
 PATTERNS: Final = ("2:4", "unstructured")
+SCORES: Final = ("magnitude", "activation")
 _REMOVED_SHARES: Final = ("head_share", "channel_share")
 _PRUNING_TARGETS: Final = ("target_share", "target_latency_share")
 PRECISIONS: Final = ("fp32", "fp16", "bf16", "int8_dynamic", "int8_static", "int4")
@@ -208,29 +210,55 @@ class PruningConfig:
 
 @dataclass(frozen=True, slots=True)
 class SparsificationConfig:
-    """Single weights set to zero, where they are.
+    """Single weights set to zero, where they are: a smaller file, but no speed.
 
     Attributes:
-        pattern: ``2:4`` zeroes two of every four neighbours; ``unstructured`` the smallest of each
-            matrix.
+        pattern: ``2:4`` zeroes two of every four neighbours; ``unstructured`` those of the lowest
+            score, wherever they are.
         share: Share of the weights set to zero; ``2:4`` needs 0.5.
+        score: ``magnitude`` is the size of a weight; ``activation`` that times the size of its
+            input on texts of train.
+        calibration_texts: Texts of train that the inputs are measured on.
+        recovery_steps: Optimiser steps of the recovery, which leaves zeros at zero; 0 leaves it out.
+        recovery_batch_size: Item texts a step.
+        learning_rate: Peak learning rate of the recovery.
+        weight_decay: AdamW's decoupled weight decay.
+        gradient_clip: Largest gradient norm.
+        max_validation_impressions: Most impressions scored to report the accuracy.
         threads: Threads torch may use.
         seed: Seed of everything random.
     """
 
     pattern: str = "2:4"
     share: float = 0.5
+    score: str = "activation"
+    calibration_texts: int = 512
+    recovery_steps: int = 200
+    recovery_batch_size: int = 64
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    max_validation_impressions: int = 2_000
     threads: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise ConfigError at the first impossible value."""
         require_one_of(self, "pattern", PATTERNS)
+        require_one_of(self, "score", SCORES)
         require_ratio(self, "share")
         if self.pattern == "2:4" and self.share != 0.5:
             raise ConfigError.of("share", self.share, "0.5 for the pattern 2:4")
-        require_at_least(self, 1, "threads")
-        require_at_least(self, 0, "seed")
+        require_at_least(
+            self,
+            1,
+            "calibration_texts",
+            "recovery_batch_size",
+            "max_validation_impressions",
+            "threads",
+        )
+        require_at_least(self, 0, "recovery_steps", "weight_decay", "seed")
+        require_above_zero(self, "learning_rate", "gradient_clip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +327,7 @@ class TrimmingConfig:
     """
 
     min_count: int = 1
-    common_tokens: int = 2_000
+    common_tokens: int = 5_000
     max_texts: int = 2_000
     max_validation_impressions: int = 2_000
     threads: int = 2
@@ -308,6 +336,29 @@ class TrimmingConfig:
         """Raise ConfigError at the first impossible value."""
         require_at_least(self, 1, "min_count", "max_texts", "max_validation_impressions", "threads")
         require_at_least(self, 0, "common_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class VectorStoreConfig:
+    """How the item vectors of a catalogue are stored.
+
+    Attributes:
+        codec: One of :data:`CODECS`.
+        subvectors: Bytes of an item with ``pq``; divides the width of the vectors.
+        threads: Threads of the training of ``pq``.
+        seed: Seed of its centroids.
+    """
+
+    codec: str = "int8"
+    subvectors: int = 96
+    threads: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError at the first impossible value."""
+        require_one_of(self, "codec", CODECS)
+        require_at_least(self, 1, "subvectors", "threads")
+        require_at_least(self, 0, "seed")
 
 
 @dataclass(frozen=True, slots=True)

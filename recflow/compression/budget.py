@@ -242,7 +242,11 @@ def _steps(
     if layers:
         yield f"distill{layers}", {"step": "distill", "layers": layers}
     if share < 1:
-        yield f"prune{share * 100:.0f}", {"step": "prune", "target_share": share}
+        yield f"prune{share * 100:.0f}", {
+            "step": "prune",
+            "allocation": "global",
+            "target_share": share,
+        }
     if ratio < 1:
         yield f"rank{ratio * 100:.0f}", {"step": "low_rank", "ratio": ratio}
     if trim:

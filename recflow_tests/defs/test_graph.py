@@ -110,9 +110,10 @@ def test_jobs_cover_the_lineage() -> None:
 
     assert assets_of("ingest") | assets_of("train") == assets_of("full")
     assert assets_of("ingest") & assets_of("train") == set()
-    beside = assets_of("search") | assets_of("studies")
+    beside = assets_of("search") | assets_of("studies") | assets_of("compress")
     assert assets_of("full") & beside == set()
     assert assets_of("full") | beside == {node.key for node in MADE}
+    assert assets_of("compress") == {dg.AssetKey(["models", "compressed"])}
     assert assets_of("search") == {dg.AssetKey(["models", "configuration"])}
 
 

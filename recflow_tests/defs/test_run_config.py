@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from recflow.compression.family import STEPS
 from recflow.core.errors import ConfigError
 from recflow.definitions import defs
 from recflow.defs.models.assets import FineTuningConfig
@@ -16,6 +17,7 @@ from recflow.defs.models.run_config import (
     OF_THE_DEPLOYMENT,
     TrainingKeys,
     own_values,
+    run_config,
     training_config,
     training_values,
 )
@@ -64,10 +66,17 @@ def check_launch(job: str, op: str, config: dict[str, Any]) -> None:
     dg.validate_run_config(defs.resolve_job_def(job), {"ops": {op: {"config": config}}})
 
 
+STEP_CONFIGS = [step.config() for step in STEPS.values()]
+
+
 @pytest.mark.parametrize(
     ("keys", "defaults"),
-    [(TrainingKeys, DEFAULTS), (AdaptationKeys, ADAPTATION_DEFAULTS)],
-    ids=["training", "adaptation"],
+    [
+        (TrainingKeys, DEFAULTS),
+        (AdaptationKeys, ADAPTATION_DEFAULTS),
+        *((run_config(config, without=OF_THE_DEPLOYMENT), config) for config in STEP_CONFIGS),
+    ],
+    ids=["training", "adaptation", *STEPS],
 )
 def test_every_key_of_the_library_can_be_set_and_is_described(
     keys: type[dg.Config], defaults: Any
@@ -86,6 +95,12 @@ def test_every_key_with_few_values_is_checked_at_launch() -> None:
     texts = {
         dotted.split(".")[-1]
         for dotted, value in leaves(TrainingConfig()).items() | leaves(AdaptationConfig()).items()
+        if isinstance(value, str)
+    }
+    texts |= {
+        f"{type(config).__name__}.{key}"
+        for config in STEP_CONFIGS
+        for key, value in leaves(config).items()
         if isinstance(value, str)
     }
     assert texts - {"device"} == set(CHOICES)

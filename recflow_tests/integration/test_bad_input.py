@@ -51,6 +51,20 @@ def test_failed_contract_stops_everything_downstream(tmp_path: Path, logs: Path)
     assert (example["source_file"], example["source_row"]) == ("news.tsv", 5)
 
 
+def test_a_family_that_cannot_be_ends_the_command_with_a_sentence(
+    tmp_path: Path, logs: Path
+) -> None:
+    family = tmp_path / "family.toml"
+    family.write_text(
+        '[int8]\nparent = "fine_tuned"\nstep = "quantize"\n'
+        '[student]\nparent = "int8"\nstep = "distill"\n'
+    )
+    done = deployment(tmp_path, logs, FAMILY=str(family)).materialise(UPSTREAM, DAY)
+    assert done.returncode != 0
+    assert "student: chain = 'quantize → distill' is not allowed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def failed_expectations(place: Deployment) -> dict[str, list[dict[str, Any]]]:
     """What the check's metadata shows in Dagster."""
     key = dg.AssetCheckKey(dg.AssetKey(["features", "items"]), "meets_contract")

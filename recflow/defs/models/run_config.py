@@ -58,9 +58,13 @@ CHOICES = {
     "strategy": STRATEGIES,
     "synchronisation": SYNCHRONISATIONS,
     # What means something else in one class than in the others.
+    "DistillationConfig.hidden_layers": compression.HIDDEN_LAYERS,
+    "LowRankConfig.criterion": compression.CRITERIA,
     "PruningConfig.allocation": compression.ALLOCATIONS,
+    "QuantizationConfig.calibration": compression.CALIBRATIONS,
     "QuantizationConfig.precision": compression.PRECISIONS,
     "SparsificationConfig.pattern": compression.PATTERNS,
+    "SparsificationConfig.score": compression.SCORES,
 }
 
 

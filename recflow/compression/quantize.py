@@ -1,72 +1,55 @@
-"""Export the encoder to ONNX, prove that it is the same model, and quantize it to 8-bit integers.
+"""Store and compute the encoder in fewer bits, and prove that it still is the same encoder.
 
-Weights are quantized per channel ahead of time, activations per call (dynamic quantization):
-per-tensor weights lost several times more accuracy. The user model is small and stays in float32.
+The last step of a chain: what it writes is executed, not trained on. The user model is small and
+stays in float32. An encoder whose float32 export differs from PyTorch, in which padding reaches a
+vector, or whose vectors turn by more than the limits, is not written at all.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 import shutil
 import tempfile
 import time
-import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import onnx
 import polars as pl
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from torch import Tensor, nn
-from torch.jit._trace import TracerWarning  # torch.jit does not export it
+from numpy.typing import NDArray
 
-from recflow.core.columns import Columns
+from recflow.compression import graphs
+from recflow.compression.config import QuantizationConfig
+from recflow.compression.export import check_padding, check_parity, export_encoder, parity_cases
+from recflow.compression.recovery import validation_auc
 from recflow.core.errors import ArtifactError, ConfigError, ParityError
-from recflow.modeling.encoder import WEIGHTS_NAME, TextEncoder, TorchRuntime
-from recflow.modeling.layout import ONNXRUNTIME, read_ranker_config
-from recflow.modeling.onnx_runtime import INPUT_NAMES, ONNX_NAME, OUTPUT_NAME, OnnxRuntime
+from recflow.modeling.batching import items_in_use
+from recflow.modeling.encoder import (
+    WEIGHTS_NAME,
+    TorchRuntime,
+    describe_encoder,
+    hold_in_bfloat16,
+    save_encoder,
+    torch_threads,
+)
+from recflow.modeling.layout import BF16, ONNXRUNTIME, TORCH, read_ranker_config
+from recflow.modeling.onnx_runtime import ONNX_NAME, OnnxRuntime
 from recflow.modeling.ranker import (
+    Ranker,
     count_parameters,
     load_encoder,
     load_parts,
     save_parts,
 )
-from recflow.modeling.texts import TOKENIZER_NAME, TextTokenizer, encode_texts
+from recflow.modeling.texts import TOKENIZER_NAME, EncoderRuntime, TextTokenizer
+from recflow.modeling.tracking import Tracker
 
-_OPSET = 17
-_PARITY_BATCHES = (1, 3, 32)
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizationConfig:
-    """How to quantize, and how much deviation to accept.
-
-    Attributes:
-        parity_tolerance: Largest difference of any vector element between the float32 export and
-            PyTorch. Unit vectors have elements of about 0.05.
-        min_cosine: Lowest mean cosine between int8 and float32 vectors of real texts.
-        sample_texts: Item texts that parity and cosine are measured on, evenly spread by length.
-        threads: Threads used while measuring.
-    """
-
-    parity_tolerance: float = 1e-4
-    min_cosine: float = 0.95
-    sample_texts: int = 256
-    threads: int = 2
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError at the first impossible value."""
-        if not 0 < self.parity_tolerance < 1:
-            raise ConfigError.of("parity_tolerance", self.parity_tolerance, "above 0, below 1")
-        if not 0 < self.min_cosine <= 1:
-            raise ConfigError.of("min_cosine", self.min_cosine, "above 0, at most 1")
-        for key in ("sample_texts", "threads"):
-            if getattr(self, key) < 1:
-                raise ConfigError.of(key, getattr(self, key), "a whole number of at least 1")
+_PADDED_TEXTS: Final = 16
+_CALIBRATION_BATCH: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,201 +57,208 @@ class QuantizationReport:
     """What quantization did.
 
     Attributes:
-        parity_cases: Batches compared between PyTorch and the float32 export.
+        precision: Of the encoder's weights.
+        parity_cases: Batches compared between PyTorch and the float32 export; 0 where nothing is
+            exported.
         parity_max_difference: Largest difference of a vector element over all of them.
-        mean_cosine: Mean cosine between int8 and float32 vectors of real texts.
+        padding_difference: Largest distance, 1 - cosine, of a text's vector alone and beside longer
+            texts, as written.
+        mean_cosine: Mean cosine between the vectors as written and PyTorch's in float32.
         min_cosine: Lowest of them.
         parent_bytes: Size of the parent's encoder weights.
-        bytes: Size of the int8 encoder.
+        bytes: Size of the encoder as written.
+        parent_validation_auc: Mean AUC of the parent in float32 on (a part of) validation.
+        validation_auc: The written ranker's on the same impressions.
         seconds: Wall time.
     """
 
+    precision: str
     parity_cases: int
     parity_max_difference: float
+    padding_difference: float
     mean_cosine: float
     min_cosine: float
     parent_bytes: int
     bytes: int
+    parent_validation_auc: float
+    validation_auc: float
     seconds: float
 
 
 def quantize_ranker(
-    *, parent: Path, output: Path, items: pl.DataFrame, config: QuantizationConfig
+    *,
+    parent: Path,
+    output: Path,
+    items: pl.DataFrame,
+    train: pl.DataFrame,
+    validation: pl.DataFrame,
+    config: QuantizationConfig,
+    tracker: Tracker,
 ) -> QuantizationReport:
-    """Write the int8 version of a ranker, executed by ONNX Runtime.
+    """Write a ranker whose encoder is stored and computed in another precision.
 
     Args:
-        parent: Directory of a PyTorch ranker.
+        parent: Directory of a PyTorch ranker in float32.
         output: Existing empty directory.
-        items: Item features; their texts are what parity and cosine are measured on.
-        config: Limits.
+        items: Item features.
+        train: Impressions; the texts of their items are what ranges are fitted and vectors are
+            compared on.
+        validation: Impressions that only report the accuracy.
+        config: Precision and limits.
+        tracker: Told the limits and what came out.
 
     Raises:
-        ArtifactError: The parent is not a complete PyTorch ranker, or ``items`` is empty.
-        ParityError: The float32 export differs from PyTorch, or int8 from float32, by more than
-            the limits. Nothing is written.
+        ConfigError: The parent is quantized already.
+        ArtifactError: The parent is not a complete ranker, or there are no texts.
+        ContractError: An item is not in the item table.
+        ParityError: A limit of ``config`` is broken. Nothing is written.
     """
     started = time.monotonic()
     described = read_ranker_config(parent)
+    _require_float32(described)
     encoder = load_encoder(parent, described)
     parts = load_parts(parent, described)
     tokenizer = TextTokenizer(parent / TOKENIZER_NAME, parts.max_tokens)
-    texts = _sample(items, config.sample_texts)
+    index = items_in_use(items, [train], parts.user_model.shape.history_length)
+    if not index.texts:
+        raise ArtifactError("train has no item texts to compare the quantized encoder on")
+    tracker.log_params(asdict(config))
 
-    exported = export_encoder(encoder)
-    float32 = OnnxRuntime(exported, config.threads)
-    cases = _parity_cases(tokenizer(texts))
-    difference = check_parity(encoder, float32, cases, config.parity_tolerance)
-
+    tokens = sorted(tokenizer(sorted(set(index.texts))), key=len)
+    sample = _spread(tokens, config.sample_texts)
+    padded = _spread(sample, _PADDED_TEXTS)
+    reference = TorchRuntime(encoder, config.threads, mixed=False)
+    check_padding(reference, "PyTorch", padded, config.parity_tolerance)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / ONNX_NAME
-        _quantize(exported, file)
-        int8 = OnnxRuntime(file, config.threads)
-        cosines = np.einsum(
-            "ij,ij->i",
-            encode_texts(int8, tokenizer, texts),
-            encode_texts(float32, tokenizer, texts),
+        if config.precision == BF16:
+            cases, difference = [], 0.0
+            file = Path(folder) / WEIGHTS_NAME
+            save_encoder(encoder, file, torch.bfloat16)
+            rounded = load_encoder(parent, described)
+            hold_in_bfloat16(rounded)
+            runtime: EncoderRuntime = TorchRuntime(rounded, config.threads)
+            execution = {"runtime": TORCH, "encoder": describe_encoder(encoder)}
+        else:
+            exported = export_encoder(encoder)
+            float32 = OnnxRuntime(exported, config.threads)
+            cases = parity_cases(sample)
+            with torch_threads(config.threads):
+                difference = check_parity(encoder, float32, cases, config.parity_tolerance)
+            check_padding(float32, "the ONNX export", padded, config.parity_tolerance)
+            file = Path(folder) / ONNX_NAME
+            file.write_bytes(quantize_graph(exported, tokens, config))
+            runtime = OnnxRuntime(file, config.threads)
+            execution = {"runtime": ONNXRUNTIME}
+        cosines = _cosines(runtime, reference, sample)
+        _require_cosines(cosines, config)
+        padding = check_padding(
+            runtime, f"the encoder in {config.precision}", padded, config.padding_tolerance
         )
-        if not cosines.mean() >= config.min_cosine:
-            raise ParityError(
-                f"int8 vectors have a mean cosine of {cosines.mean():.4f} to float32, allowed is "
-                f"{config.min_cosine} or more; the encoder does not survive dynamic quantization"
-            )
-        shutil.copyfile(file, output / ONNX_NAME)
+        shutil.copyfile(file, output / file.name)
     save_parts(
         output,
         tokenizer.path,
         parts,
-        runtime={"runtime": ONNXRUNTIME, "precision": "int8"},
+        runtime={**execution, "precision": config.precision},
         encoder_parameters=count_parameters(encoder),
     )
-    return QuantizationReport(
+    some = validation.gather_every(
+        max(1, math.ceil(len(validation) / config.max_validation_impressions))
+    )
+    parent_auc, auc = (
+        validation_auc(Ranker(executed, tokenizer, parts), items, some)
+        for executed in (reference, runtime)
+    )
+    report = QuantizationReport(
+        precision=config.precision,
         parity_cases=len(cases),
         parity_max_difference=difference,
+        padding_difference=padding,
         mean_cosine=float(cosines.mean()),
         min_cosine=float(cosines.min()),
         parent_bytes=(parent / WEIGHTS_NAME).stat().st_size,
-        bytes=(output / ONNX_NAME).stat().st_size,
+        bytes=(output / file.name).stat().st_size,
+        parent_validation_auc=parent_auc,
+        validation_auc=auc,
         seconds=time.monotonic() - started,
     )
+    tracker.log_metrics({"validation_auc": auc, "cosine": report.mean_cosine}, step=0)
+    return report
 
 
-class _ExportedEncoder(nn.Module):
-    """The encoder with the mask as integers, as ONNX callers pass it."""
-
-    def __init__(self, encoder: TextEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.encoder(ids, mask.bool())
-
-
-def export_encoder(encoder: TextEncoder) -> bytes:
-    """The encoder as a float32 ONNX graph: mask-aware mean pooling and unit length included.
-
-    Inputs are int64 ``input_ids`` and ``attention_mask`` ``[texts, tokens]``, the output is
-    ``vectors`` ``[texts, dimension]``; both sizes of the inputs are free.
-    """
-    # The exporter puts the module it was given back into *that module's* mode. Without eval() on
-    # the wrapper, dropout would be on in the encoder afterwards.
-    wrapper = _ExportedEncoder(encoder).eval()
-    ids = torch.ones((2, 7), dtype=torch.long)
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    axes = {0: "texts", 1: "tokens"}
-    with _quiet_export(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / ONNX_NAME
-        torch.onnx.export(
-            wrapper,
-            (ids, mask),
-            file,
-            dynamo=False,
-            opset_version=_OPSET,
-            input_names=list(INPUT_NAMES),
-            output_names=[OUTPUT_NAME],
-            dynamic_axes={INPUT_NAMES[0]: axes, INPUT_NAMES[1]: axes, OUTPUT_NAME: {0: "texts"}},
-        )
-        return file.read_bytes()
-
-
-def check_parity(
-    encoder: TextEncoder,
-    exported: OnnxRuntime,
-    cases: list[list[list[int]]],
-    tolerance: float,
-) -> float:
-    """Largest difference of a vector element between PyTorch (float32) and the export.
+def quantize_graph(
+    exported: bytes, tokens: Sequence[list[int]], config: QuantizationConfig
+) -> bytes:
+    """The float32 graph of an encoder in the precision of ``config``.
 
     Args:
-        encoder: The model that was exported.
-        exported: The export.
-        cases: Batches of token ids.
-        tolerance: Largest difference allowed.
-
-    Raises:
-        ParityError: Names the batch with a larger difference.
+        exported: Of :func:`recflow.compression.export.export_encoder`.
+        tokens: Token ids of texts of train, shortest first.
+        config: Its precision is not ``bf16``, which is PyTorch's.
     """
-    reference = TorchRuntime(encoder, None, mixed=False)
-    worst = 0.0
-    for case in cases:
-        difference = float(np.abs(reference(case) - exported(case)).max())
-        if not difference <= tolerance:
-            lengths = sorted({len(text) for text in case})
-            raise ParityError(
-                f"the ONNX export differs from PyTorch by {difference:.2g} (allowed {tolerance}) "
-                f"for {len(case)} texts of {lengths} tokens; it is not written"
+    model = onnx.load_model_from_string(exported)
+    if config.precision == "fp16":
+        graphs.store_halves(model)
+    elif config.precision == "int4":
+        graphs.quantize_tables(model)
+        model = graphs.quantize_blocks(model, config.block_size)
+    elif config.precision.startswith("int8"):
+        texts = _spread(tokens, config.calibration_texts)
+        batches = [
+            texts[start : start + _CALIBRATION_BATCH]
+            for start in range(0, len(texts), _CALIBRATION_BATCH)
+        ]
+        if config.smoothing:
+            seen = graphs.observe(model, batches, threads=config.threads)
+            graphs.smooth(model, seen, config.smoothing)
+        graphs.quantize_tables(model)
+        if config.precision == "int8_static":
+            seen = graphs.observe(
+                model,
+                batches,
+                threads=config.threads,
+                percentile=config.calibration == "percentile",
             )
-        worst = max(worst, difference)
-    return worst
+            graphs.quantize_statically(model, seen)
+        else:
+            model = graphs.quantize_dynamically(model)
+    return model.SerializeToString()
 
 
-def _parity_cases(tokens: list[list[int]]) -> list[list[list[int]]]:
-    """Batches of several sizes: of short, of long, and of mixed texts, so with much padding."""
-    by_length = sorted(tokens, key=len)
-    cases: list[list[list[int]]] = []
-    for size in _PARITY_BATCHES:
-        mixed = by_length[:: max(1, len(by_length) // size)][:size]
-        cases += [by_length[:size], by_length[-size:], mixed]
-    return [*cases, [by_length[0], by_length[-1]]]
-
-
-def _sample(items: pl.DataFrame, limit: int) -> list[str]:
-    """At most ``limit`` item texts, evenly spread from the shortest to the longest."""
-    texts = items[Columns.TEXT].unique().sort()
-    if texts.is_empty():
-        raise ArtifactError("there are no item texts to compare the quantized encoder on")
-    texts = texts.gather(texts.str.len_chars().arg_sort())
-    places = np.linspace(0, len(texts) - 1, min(limit, len(texts))).round().astype(np.int64)
-    return texts.gather(places).to_list()
-
-
-def _quantize(exported: bytes, file: Path) -> None:
-    # quantize_dynamic advises on the root logger to optimise the graph first; the session does it.
-    # Were there no handler, logging would install one that repeats every later message.
-    root, silent = logging.getLogger(), logging.NullHandler()
-    level = root.level
-    root.addHandler(silent)
-    root.setLevel(logging.ERROR)
-    try:
-        quantize_dynamic(
-            onnx.load_model_from_string(exported),
-            file,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
+def _require_float32(described: dict[str, Any]) -> None:
+    precision = described.get("precision", "fp32")
+    if described["runtime"] != TORCH or precision == BF16:
+        raise ConfigError.of(
+            "parent",
+            f"a ranker in {precision}, executed by {described['runtime']}",
+            "a PyTorch ranker in float32: quantization comes last in a chain",
         )
-    finally:
-        root.setLevel(level)
-        root.removeHandler(silent)
 
 
-@contextmanager
-def _quiet_export() -> Generator[None]:
-    with warnings.catch_warnings():
-        # The replacement exporter needs onnxscript; parity with PyTorch is checked after this one.
-        warnings.filterwarnings(
-            "ignore", message="You are using the legacy TorchScript", category=DeprecationWarning
-        )
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.onnx")
-        warnings.filterwarnings("ignore", category=TracerWarning)
-        yield
+def _spread(tokens: Sequence[list[int]], limit: int) -> list[list[int]]:
+    """At most ``limit`` texts at even distances; so of all lengths, as they come by length."""
+    places = np.linspace(0, len(tokens) - 1, min(limit, len(tokens))).round().astype(np.int64)
+    return [tokens[place] for place in places]
+
+
+def _cosines(
+    runtime: EncoderRuntime, reference: EncoderRuntime, tokens: list[list[int]]
+) -> NDArray[np.float32]:
+    """Cosine between the vectors of two runtimes, in batches of similar length."""
+    cosines = []
+    for start in range(0, len(tokens), _CALIBRATION_BATCH):
+        batch = tokens[start : start + _CALIBRATION_BATCH]
+        cosines.append(np.einsum("ij,ij->i", runtime(batch), reference(batch)))
+    return np.concatenate(cosines)
+
+
+def _require_cosines(cosines: NDArray[np.float32], config: QuantizationConfig) -> None:
+    for name, value, least in (
+        ("a mean", cosines.mean(), config.min_mean_cosine),
+        ("a lowest", cosines.min(), config.min_cosine),
+    ):
+        if not value >= least:
+            raise ParityError(
+                f"vectors in {config.precision} have {name} cosine of {value:.4f} to float32, "
+                f"allowed is {least} or more; it is not written"
+            )

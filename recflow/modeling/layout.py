@@ -12,6 +12,9 @@ CONFIG_NAME = "config.json"
 LAYOUT = 2
 TORCH, ONNXRUNTIME = "torch", "onnxruntime"
 
+BF16 = "bf16"
+"""The ``precision`` of a ranker whose encoder PyTorch executes in bfloat16."""
+
 
 def read_ranker_config(path: Path) -> dict[str, Any]:
     """Read and check a ranker's ``config.json``.

@@ -32,11 +32,13 @@ from recflow.modeling.encoder import (
     build_encoder,
     check_vocabulary,
     describe_encoder,
+    hold_in_bfloat16,
     load_pretrained,
     load_weights,
     save_encoder,
 )
 from recflow.modeling.layout import (
+    BF16,
     CONFIG_NAME,
     LAYOUT,
     ONNXRUNTIME,
@@ -357,6 +359,8 @@ def load_ranker(path: Path, *, threads: int | None = None) -> Ranker:
         return Ranker(OnnxRuntime(path / ONNX_NAME, threads), tokenizer, parts)
     encoder = load_encoder(path, config)
     check_vocabulary(encoder, tokenizer)
+    if config.get("precision") == BF16:
+        hold_in_bfloat16(encoder)
     return Ranker(TorchRuntime(encoder, threads), tokenizer, parts)
 
 

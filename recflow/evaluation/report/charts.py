@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 
 _INK, _MUTED, _RULE, _ACCENT = "#010203", "#010204", "#010205", "#010206"
 _SERIES = ("#020201", "#020202", "#020203", "#020204", "#020205", "#020206")
+_MARKERS = ("o", "s", "^", "D", "v", "P")  # for those who cannot tell the colours apart
 _VARIABLES = {
     _INK: "var(--ink)",
     _MUTED: "var(--muted)",
@@ -225,18 +226,21 @@ def _number(axes: Any, points: Sequence[CostPoint], sizes: Sequence[float]) -> N
 
 
 def reliability(salt: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:
-    """Seen over predicted click rate, and the diagonal of perfect calibration."""
+    """Seen over predicted click rate, and the diagonal of perfect calibration.
+
+    Of more than :data:`MAX_LINES` curves the first are drawn.
+    """
     top = max((max(point) for curve in curves.values() for point in curve), default=1.0) * 1.05
 
     def draw(axes: Any) -> None:
         axes.plot([0, top], [0, top], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        for color, (name, curve) in zip(_cycle(len(curves)), curves.items(), strict=True):
+        for color, marker, (name, curve) in zip(_SERIES, _MARKERS, curves.items(), strict=False):
             axes.plot(
                 [predicted for predicted, _ in curve],
                 [observed for _, observed in curve],
-                "o-",
+                f"{marker}-",
                 color=color,
-                markersize=3.5,
+                markersize=4,
                 linewidth=1.5,
                 label=name,
             )
@@ -266,10 +270,6 @@ def training(salt: str, series: str, points: Sequence[tuple[float, float]]) -> M
         axes.set_ylabel(series)
 
     return _svg(salt, f"{series} over the epochs", 2.4, draw)
-
-
-def _cycle(count: int) -> list[str]:
-    return [_SERIES[number % len(_SERIES)] for number in range(count)]
 
 
 def _svg(salt: str, description: str, height: float, draw: Any) -> Markup:

@@ -107,6 +107,7 @@ class _BoardView:
         self.segments: list[dict[str, Any]] = self.scorers[0]["segments"]
         self.has_oracle = any(s["oracle_share"] for s in self.scorers)
         self.forest = self._forest()
+        self.curves_left_out = 0
         self.reliability = self._reliability()
 
     def metrics(self, wanted: Sequence[str]) -> list[str]:
@@ -128,15 +129,15 @@ class _BoardView:
         """
         shown = [s for s in self.scorers if s["cost"] or s["name"] == self.reference]
         ranked = sorted(
-            shown if self.measured else self.scorers,
+            (s for s in (shown if self.measured else self.scorers) if s["calibration"]),
             key=lambda s: (s["name"] != self.reference, s["name"] in self.dominated),
         )
+        self.curves_left_out = max(0, len(ranked) - charts.MAX_LINES) if self.measured else 0
         curves = {
             scorer["name"]: [
                 (b["predicted"], b["observed"]) for b in scorer["calibration"]["curve"]
             ]
             for scorer in ranked[: charts.MAX_LINES]
-            if scorer["calibration"]
         }
         return charts.reliability(f"reliability {self.name}", curves) if curves else None
 

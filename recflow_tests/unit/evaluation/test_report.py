@@ -530,3 +530,5 @@ def test_a_large_family_still_has_one_line_a_model_in_the_charts_it_fits(
     (latency,) = re.findall(r'<svg[^>]*aria-label="AUC over median latency.*?</svg>', html, re.S)
     labels = re.findall(r"<text[^>]*>(\d+)</text>", latency)
     assert {str(number) for number in range(2, 16)} <= set(labels)
+    # Of 14 models and the reference, six curves of calibration are drawn.
+    assert "9 more models are in the JSON file" in html

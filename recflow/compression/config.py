@@ -219,7 +219,7 @@ class SparsificationConfig:
         score: ``magnitude`` is the size of a weight; ``activation`` that times the size of its
             input on texts of train.
         calibration_texts: Texts of train that the inputs are measured on.
-        recovery_steps: Optimiser steps of the recovery, which leaves zeros at zero; 0 leaves it out.
+        recovery_steps: Optimiser steps of the recovery, which keeps the zeros; 0 leaves it out.
         recovery_batch_size: Item texts a step.
         learning_rate: Peak learning rate of the recovery.
         weight_decay: AdamW's decoupled weight decay.

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 
+from recflow.compression import distill
 from recflow.compression.config import DistillationConfig, PruningConfig
 from recflow.compression.distill import DistillationReport, distill_ranker
 from recflow.compression.prune import prune_ranker
@@ -181,8 +182,13 @@ def test_without_clicks_the_texts_decide_alone(world: World, tmp_path: Path) -> 
     assert report.cosine == report.cosine_after_texts
 
 
-def test_clicks_that_only_harm_leave_the_state_before_them(world: World, tmp_path: Path) -> None:
-    report = world.distill(tmp_path, click_learning_rate=1.0)
+def test_clicks_that_only_harm_leave_the_state_before_them(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter([0.9, 0.8, 0.7, 0.75])  # parent, before, twice on the way
+    monkeypatch.setattr(distill, "_auc", lambda *_: next(accuracies))
+    report = world.distill(tmp_path, validations=2)
+    assert (report.parent_validation_auc, report.validation_auc) == (0.9, 0.8)
     assert (report.click_steps, report.best_click_step) == (12, 0)
     assert report.cosine == report.cosine_after_texts
 
@@ -230,7 +236,7 @@ def test_a_pruned_teacher_is_as_good_as_any(world: World, tmp_path: Path) -> Non
     ],
 )
 def test_impossible_students_are_refused_before_any_work(
-    world: World, tmp_path: Path, changes: dict[str, int], message: str
+    world: World, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     nothing = pl.DataFrame()
     idle = dataclasses.replace(world, items=nothing, train=nothing, validation=nothing)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import cast
 
 from recflow.adapters.artifact_store import ArtifactStore
+from recflow.adapters.item_vectors import reported_codecs, stored_codecs
 from recflow.adapters.keys import (
     CLEANED_IMPRESSIONS,
     CLEANED_ITEMS,
     COMPRESSED,
+    ITEM_VECTORS,
     LABEL_EFFICIENCY_STUDY,
     MEASUREMENTS,
     PREDICTIONS,
@@ -28,6 +30,7 @@ from recflow.adapters.snapshots import Snapshot as StoredSnapshot
 from recflow.adapters.snapshots import load_snapshot
 from recflow.compression.family import ROOT, Family
 from recflow.compression.measure import MeasurementConfig, measure
+from recflow.compression.vector_store import ItemVectors
 from recflow.core.artifacts import Artifact, Draft, JsonValue, library_versions
 from recflow.core.columns import Columns
 from recflow.core.errors import ArtifactError
@@ -89,6 +92,7 @@ def build_predictions(
     """
     stored = load_snapshot(store, snapshot)
     models = _models(store, snapshot, stored, family)
+    vectors = _item_vectors(store, snapshot, models)
 
     def build(draft: Draft) -> None:
         data = Snapshot(
@@ -97,7 +101,7 @@ def build_predictions(
             validation=stored.splits.validation,
             test=stored.splits.test,
         )
-        for scorer in _scorers(data, models, base_model, config):
+        for scorer in _scorers(data, models, vectors, base_model, config):
             logger.info("scoring with %s", scorer.name)
             predictions = predict(
                 scorer, data, catalogue_sample=config.catalogue_sample, seed=config.seed
@@ -110,7 +114,7 @@ def build_predictions(
         snapshot,
         build,
         code_version=code_version,
-        parents={**stored.artifacts, **_by_key(models)},
+        parents={**stored.artifacts, **_by_key(models), ITEM_VECTORS: vectors},
         config={
             **asdict(config),
             "base_model_sha256": weights_hash(base_model),
@@ -199,9 +203,15 @@ def build_report(
     measurements = store.get(MEASUREMENTS, snapshot)
     stored = load_snapshot(store, snapshot)
     models = _models(store, snapshot, stored, family)
+    vectors = _item_vectors(store, snapshot, models)
     for judged in (predictions, measurements):
         require_made_from(judged, _by_key(models))
-    parents = {PREDICTIONS: predictions, MEASUREMENTS: measurements, **stored.artifacts}
+    parents = {
+        PREDICTIONS: predictions,
+        MEASUREMENTS: measurements,
+        ITEM_VECTORS: vectors,
+        **stored.artifacts,
+    }
     study = _label_efficiency_study(store, stored, snapshot)
     if study is not None:
         parents[LABEL_EFFICIENCY_STUDY] = study
@@ -209,7 +219,9 @@ def build_report(
     def build(draft: Draft) -> None:
         data = _with_truth(stored, source, window)
         evaluation = evaluate(
-            load_predictions(predictions), data, replace(config, parents=_parents(family, models))
+            load_predictions(predictions),
+            data,
+            replace(config, parents=_parents(family, models, vectors)),
         )
         costs = load_measurements(measurements)
         full = replace(
@@ -221,6 +233,7 @@ def build_report(
             training={name: _epochs(model) for name, model in models.items() if _epochs(model)},
             label_efficiency=label_shares(study) if study else (),
             family=_family_tree(family, models),
+            item_vectors=reported_codecs(vectors),
             versions=library_versions(),
             parents={key: artifact.digest for key, artifact in parents.items()},
         )
@@ -329,9 +342,27 @@ def _by_key(models: Mapping[str, Artifact]) -> dict[str, Artifact]:
     return {model.manifest.key: model for model in models.values()}
 
 
-def _parents(family: Family, models: Mapping[str, Artifact]) -> dict[str, str]:
-    """Each model's parent; of a model found by search, the root."""
-    return {name: family.parents.get(name, ROOT) for name in models if name != ROOT}
+def _parents(family: Family, models: Mapping[str, Artifact], vectors: Artifact) -> dict[str, str]:
+    """Each model's parent; the root of one found by search, and of stored vectors."""
+    from_root = [_vectors_scorer(codec) for codec in stored_codecs(vectors)]
+    return {
+        **{name: family.parents.get(name, ROOT) for name in models if name != ROOT},
+        **dict.fromkeys(from_root, ROOT),
+    }
+
+
+def _item_vectors(store: ArtifactStore, snapshot: str, models: Mapping[str, Artifact]) -> Artifact:
+    """The stored item vectors of the root.
+
+    Raises:
+        ArtifactError: They are missing or altered, or another model's.
+    """
+    return require_made_from(store.get(ITEM_VECTORS, snapshot), _by_key({ROOT: models[ROOT]}))
+
+
+def _vectors_scorer(codec: str) -> str:
+    """Name of the root's scores from vectors that were stored with a codec."""
+    return f"{ROOT}_vectors_{codec}"
 
 
 def _family_tree(family: Family, models: Mapping[str, Artifact]) -> list[FamilyMember]:
@@ -365,7 +396,11 @@ def _name_of(key: str) -> str:
 
 
 def _scorers(
-    data: Snapshot, models: Mapping[str, Artifact], base_model: Path, config: ScoringConfig
+    data: Snapshot,
+    models: Mapping[str, Artifact],
+    stored: Artifact,
+    base_model: Path,
+    config: ScoringConfig,
 ) -> Iterator[Scorer]:
     """Every scorer in turn, so that no more than one model is in memory."""
     yield RandomScorer(config.seed)
@@ -381,6 +416,10 @@ def _scorers(
     yield TextSimilarityScorer(ids, vectors, data.train)
     for name, artifact in models.items():
         yield load_ranker(artifact.path, threads=config.threads).scorer(name, data.items)
+    root = load_ranker(models[ROOT].path, threads=config.threads)
+    for codec, folder in stored_codecs(stored).items():
+        source = ItemVectors.load(folder).source(data.items)
+        yield root.scorer(_vectors_scorer(codec), data.items, vectors=source)
 
 
 def _with_truth(stored: StoredSnapshot, source: Source, window: Sequence[str]) -> Snapshot:

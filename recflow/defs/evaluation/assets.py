@@ -9,6 +9,7 @@ from recflow.adapters.keys import (
     CLEANED_IMPRESSIONS,
     CLEANED_ITEMS,
     COMPRESSED,
+    ITEM_VECTORS,
     ITEMS,
     MEASUREMENTS,
     PREDICTIONS,
@@ -65,7 +66,7 @@ class ReportConfig(Rebuild):
     kinds={"pytorch", "onnx", "parquet"},
     deps=[
         pretrained_spec,
-        *keys_of([*MODELS, TRAIN, VALIDATION, TEST, ITEMS]),
+        *keys_of([*MODELS, ITEM_VECTORS, TRAIN, VALIDATION, TEST, ITEMS]),
     ],
     pool=POOL,
     code_version="1",
@@ -130,7 +131,7 @@ def measurements(
     group=GROUP,
     kinds={"html", "json"},
     deps=[
-        *keys_of([PREDICTIONS, MEASUREMENTS, *MODELS]),
+        *keys_of([PREDICTIONS, MEASUREMENTS, *MODELS, ITEM_VECTORS]),
         *keys_of([TRAIN, VALIDATION, TEST, ITEMS]),
         *(
             dg.AssetDep(key, partition_mapping=WINDOW)

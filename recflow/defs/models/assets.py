@@ -10,16 +10,19 @@ from recflow.adapters.keys import (
     ADAPTED_ENCODER,
     CONFIGURATION,
     FINE_TUNED,
+    ITEM_VECTORS,
     ITEMS,
     TRAIN,
     VALIDATION,
 )
 from recflow.adapters.mlflow_tracking import MlflowTracker
 from recflow.adapters.parquet_io import row_count
+from recflow.compression.config import VectorStoreConfig
 from recflow.compression.family import Variant, with_deployment
 from recflow.core.artifacts import Artifact
 from recflow.defs.common import (
     OWNERS,
+    Rebuild,
     artifact_result,
     code_version_of,
     curve_plot,
@@ -166,6 +169,50 @@ def _variant_asset(variant: Variant) -> dg.AssetsDefinition:
 
 
 FAMILY_ASSETS = [_variant_asset(variant) for variant in family.variants.values()]
+
+
+class ItemVectorsConfig(Rebuild):
+    """How the item vectors are stored; see ``VectorStoreConfig``."""
+
+    codecs: list[str] = Field(["int8", "pq"], description="float32, float16, int8, pq")
+    subvectors: int = Field(
+        VectorStoreConfig().subvectors, description="Bytes of an item's vector with pq"
+    )
+
+
+@daily_asset(
+    ITEM_VECTORS,
+    group=GROUP,
+    kinds={"safetensors"},
+    deps=keys_of([FINE_TUNED, TRAIN, VALIDATION, ITEMS]),
+    pool=POOL,
+    code_version="1",
+    description="The fine-tuned model's vectors of the catalogue as serving keeps them: 8-bit "
+    "integers, and product-quantized.",
+)
+def item_vectors(
+    context: dg.AssetExecutionContext, config: ItemVectorsConfig, store: StoreResource
+) -> dg.MaterializeResult:
+    """Store the item vectors."""
+    from recflow.adapters.item_vectors import build_vector_stores
+
+    artifact = build_vector_stores(
+        store.open(),
+        context.partition_key,
+        family=family,
+        stores=[
+            VectorStoreConfig(
+                codec=codec,
+                subvectors=config.subvectors,
+                threads=settings.threads,
+                seed=settings.seed,
+            )
+            for codec in config.codecs
+        ],
+        code_version=code_version_of(context),
+        rebuild=config.rebuild,
+    )
+    return artifact_result(ITEM_VECTORS, artifact)
 
 
 def _log_datasets(tracker: MlflowTracker, store: StoreResource, snapshot: str) -> None:

@@ -1,0 +1,118 @@
+"""The item vectors of a snapshot's catalogue, in fewer bytes, as an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast
+
+from recflow.adapters.artifact_store import ArtifactStore
+from recflow.adapters.keys import ITEM_VECTORS, TEST
+from recflow.adapters.models import open_models
+from recflow.adapters.snapshots import load_snapshot
+from recflow.compression.config import VectorStoreConfig
+from recflow.compression.family import ROOT, Family
+from recflow.compression.store_report import StoreMeasurementConfig, item_vectors_report
+from recflow.compression.vector_store import build_item_vectors, fit_codec
+from recflow.core.artifacts import Artifact, Draft, JsonValue
+from recflow.core.columns import Columns
+from recflow.core.errors import ConfigError
+from recflow.evaluation.report import ItemVectors
+from recflow.modeling.batching import items_in_use
+from recflow.modeling.ranker import load_ranker
+
+
+def build_vector_stores(
+    store: ArtifactStore,
+    snapshot: str,
+    *,
+    family: Family,
+    stores: Sequence[VectorStoreConfig],
+    code_version: str,
+    rebuild: bool = False,
+) -> Artifact:
+    """Encode the catalogue with the fine-tuned model and store its vectors once for each codec.
+
+    Codecs are fitted on the items of train. Each codec's vectors are a folder of the artifact, for
+    serving; its facts say what each codec loses.
+
+    Args:
+        store: Where the snapshot and the fine-tuned model are.
+        snapshot: Partition of the snapshot.
+        family: The family whose root the model is.
+        stores: How to store them, one a codec.
+        code_version: Version of the storing code.
+        rebuild: Store again what is stored.
+
+    Raises:
+        ArtifactError: The model is missing, altered, or was made from other splits.
+        ConfigError: A codec occurs twice, or does not fit the vectors.
+    """
+    by_codec = {config.codec: config for config in stores}
+    if not stores or len(by_codec) < len(stores):
+        raise ConfigError.of("codecs", [c.codec for c in stores], "one or more, each once")
+    data = load_snapshot(store, snapshot)
+    root = open_models(store, snapshot, data, family, [ROOT])[ROOT]
+
+    def build(draft: Draft) -> None:
+        items, train = data.items, data.splits.train
+        ranker = load_ranker(root.path, threads=stores[0].threads)
+        vectors = ranker.encode(items[Columns.TEXT].to_list())
+        history_length = ranker.parts.user_model.shape.history_length
+        ids = items[Columns.ITEM_ID]
+        of_train = ids.is_in(items_in_use(items, [train], history_length).ids).to_numpy()
+        for codec, config in by_codec.items():
+            folder = draft.path / codec
+            folder.mkdir()
+            fitted = fit_codec(vectors[of_train], config)
+            build_item_vectors(ids.to_list(), vectors, fitted).save(folder)
+        reports = item_vectors_report(
+            ranker=ranker,
+            vectors=vectors,
+            items=items,
+            train=train,
+            validation=data.splits.validation,
+            # The vectors as they are, beside them, show what is lost.
+            stores={"float32": VectorStoreConfig(codec="float32"), **by_codec},
+            config=StoreMeasurementConfig(seed=stores[0].seed),
+        )
+        draft.facts |= {
+            "items": len(ids),
+            "stores": {
+                codec: cast("JsonValue", asdict(report)) for codec, report in reports.items()
+            },
+        }
+
+    return store.build(
+        ITEM_VECTORS,
+        snapshot,
+        build,
+        code_version=code_version,
+        parents={**{k: v for k, v in data.artifacts.items() if k != TEST}, root.manifest.key: root},
+        config={"stores": [cast("JsonValue", asdict(config)) for config in stores]},
+        rebuild=rebuild,
+    )
+
+
+def stored_codecs(artifact: Artifact) -> dict[str, Path]:
+    """Folder of each codec's vectors, by codec."""
+    stores = cast("Mapping[str, JsonValue]", artifact.facts["stores"])
+    folders = {codec: artifact.path / codec for codec in stores}
+    return {codec: folder for codec, folder in folders.items() if folder.is_dir()}
+
+
+def reported_codecs(artifact: Artifact) -> list[ItemVectors]:
+    """What the report shows of each codec."""
+    stores = cast("Mapping[str, Mapping[str, float]]", artifact.facts["stores"])
+    return [
+        ItemVectors(
+            codec=codec,
+            bytes_per_item=facts["bytes_per_item"],
+            mean_cosine=facts["mean_cosine"],
+            recall_at_10=facts["recall_at_10"],
+            recall_at_100=facts["recall_at_100"],
+            validation_auc=facts["validation_auc"],
+        )
+        for codec, facts in stores.items()
+    ]

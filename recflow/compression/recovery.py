@@ -138,13 +138,24 @@ def mean_cosine(encoder: TextEncoder, tokens: Sequence[list[int]], targets: Vect
     return float(np.einsum("ij,ij->i", encode_all(encoder, tokens), targets).mean())
 
 
-def validation_auc(ranker: Ranker, items: pl.DataFrame, impressions: pl.DataFrame) -> float:
+def validation_auc(
+    ranker: Ranker,
+    items: pl.DataFrame,
+    impressions: pl.DataFrame,
+    vectors: Callable[[Rows], Vectors] | None = None,
+) -> float:
     """Mean AUC of a ranker over the impressions.
+
+    Args:
+        ranker: The ranker.
+        items: Item features.
+        impressions: Impressions with labels.
+        vectors: Looks up the vectors of rows of ``items``; where there is none, texts are encoded.
 
     Raises:
         ContractError: An item is unknown, or no impression has both a click and a non-click.
     """
-    scores = ranker.scorer("validation", items).score(impressions)
+    scores = ranker.scorer("validation", items, vectors).score(impressions)
     lengths = scores.list.len().cast(pl.Int64).to_numpy()
     return mean_auc(
         scores.explode().to_numpy(),

@@ -39,7 +39,7 @@ Encode = Callable[[Batch], object]
 class MeasurementConfig:
     """How long and how carefully to measure.
 
-    A latency is taken ``2 * rounds * calls`` times: 300 times of one text, 50 times of 32 texts, if
+    A latency is taken ``2 * rounds * calls`` times: 300 times of one text, 40 times of 32 texts, if
     nothing else is said.
 
     Attributes:
@@ -55,11 +55,11 @@ class MeasurementConfig:
 
     threads: int = 1
     batch_sizes: tuple[int, ...] = (1, 32)
-    calls: tuple[int, ...] = (30, 5)
-    rounds: int = 5
+    calls: tuple[int, ...] = (15, 2)
+    rounds: int = 10
     warmup_batches: int = 3
     throughput_texts: int = 256
-    throughput_rounds: int = 2
+    throughput_rounds: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:

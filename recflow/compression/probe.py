@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from recflow.modeling.layout import ONNXRUNTIME, read_ranker_config
+from recflow.modeling.layout import BF16, ONNXRUNTIME, read_ranker_config
 from recflow.modeling.memory import peak_rss_bytes
 from recflow.modeling.texts import TOKENIZER_NAME, EncoderRuntime, TextTokenizer, encode_texts
 
@@ -30,12 +30,15 @@ def main(path: Path, threads: int, texts: list[str]) -> dict[str, float]:
         started = time.perf_counter()
         runtime: EncoderRuntime = OnnxRuntime(path / ONNX_NAME, threads)
     else:
-        from recflow.modeling.encoder import TorchRuntime, build_encoder
+        from recflow.modeling.encoder import TorchRuntime, build_encoder, hold_in_bfloat16
         from recflow.modeling.ranker import load_encoder
 
         build_encoder(config["encoder"])  # transformers imports an architecture when it builds one
         started = time.perf_counter()
-        runtime = TorchRuntime(load_encoder(path, config), threads)
+        encoder = load_encoder(path, config)
+        if config.get("precision") == BF16:
+            hold_in_bfloat16(encoder)
+        runtime = TorchRuntime(encoder, threads)
     tokenizer = TextTokenizer(path / TOKENIZER_NAME, int(config["max_tokens"]))
     load_seconds = time.perf_counter() - started
     encode_texts(runtime, tokenizer, texts)

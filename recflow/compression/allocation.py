@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from recflow.core.errors import ConfigError
@@ -106,7 +107,10 @@ def keep_globally(
 ) -> list[KeptParts]:
     """The parts of all layers that matter most for their weights, until a share is reached.
 
-    Heads and blocks of channels of all layers compete. One head and one block stay in each layer.
+    Heads and blocks of channels of all layers compete by their importance as a multiple of the mean
+    of their kind. The importance by weight does not do: that of a head is the size of a sum over
+    its outputs, whose signs cancel, and hardly any head would stay. Layers are not made alike: some
+    matter less as a whole. One head and one block stay in each layer.
 
     Args:
         importance: Of each layer.
@@ -127,12 +131,16 @@ def keep_globally(
     left = int(target_share * everything) - least
     if left < 0:
         raise ConfigError.of("target_share", target_share, f"at least {least / everything:.3f}")
+    mean_head = _mean([layer.heads for layer in importance])
+    mean_channel = _mean([layer.channels for layer in importance])
     competing = [
         bid
         for number, layer in enumerate(importance)
         for bid in (
-            *_bids(number, heads, layer.heads, 1, weights.head),
-            *_bids(number, channels, layer.channels, channel_multiple, weights.channel),
+            *_bids(number, heads, layer.heads / mean_head, 1, weights.head),
+            *_bids(
+                number, channels, layer.channels / mean_channel, channel_multiple, weights.channel
+            ),
         )
     ]
     # Within a layer the bids of a kind fall, so that what is skipped for its size is never passed.
@@ -149,9 +157,13 @@ def keep_globally(
     ]
 
 
+def _mean(importance: list[Tensor]) -> float:
+    return max(float(torch.cat(importance).mean()), torch.finfo(torch.float32).tiny)
+
+
 @dataclass(frozen=True, slots=True)
 class _Bid:
-    """Parts of a layer that want to stay, and what they are worth a weight."""
+    """Parts of a layer that want to stay, and what one of them is worth."""
 
     counts: list[int]
     layer: int
@@ -164,7 +176,7 @@ def _bids(layer: int, counts: list[int], importance: Tensor, size: int, weights:
     """Blocks of ``size`` parts from the most important on, without the first, which stays."""
     ordered = importance.sort(descending=True).values[counts[layer] :]
     return [
-        _Bid(counts, layer, len(block), len(block) * weights, float(block.mean()) / weights)
+        _Bid(counts, layer, len(block), len(block) * weights, float(block.mean()))
         for block in ordered.split(size)
     ]
 

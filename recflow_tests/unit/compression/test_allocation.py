@@ -140,3 +140,12 @@ def test_the_share_for_a_latency_is_found_by_halving(
     assert len(made) == 6
     with pytest.raises(ConfigError, match=r"target_latency_share = 0\.25 .* above 0\.29"):
         find(0.25)
+
+
+def test_the_unit_of_a_kind_does_not_matter() -> None:
+    importance = _random(2)
+    scaled = [LayerImportance(layer.heads * 1e-3, layer.channels * 50) for layer in importance]
+    both = (keep_globally(given, WEIGHTS, 0.5, 8) for given in (importance, scaled))
+    for one, other in zip(*both, strict=True):
+        assert torch.equal(one.heads, other.heads)
+        assert torch.equal(one.channels, other.channels)

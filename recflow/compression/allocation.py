@@ -143,11 +143,14 @@ def keep_globally(
             ),
         )
     ]
-    # Within a layer the bids of a kind fall, so that what is skipped for its size is never passed.
+    closed: set[tuple[int, bool]] = set()  # layer and kind that a bid was too large for
     for bid in sorted(competing, key=lambda one: -one.worth):
-        if bid.weights <= left:
+        kind = (bid.layer, bid.counts is heads)
+        if kind not in closed and bid.weights <= left:
             bid.counts[bid.layer] += bid.parts
             left -= bid.weights
+        else:
+            closed.add(kind)
     return [
         KeptParts(
             heads=_most_important(layer.heads, heads[number]),

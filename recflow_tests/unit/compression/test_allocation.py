@@ -149,3 +149,13 @@ def test_the_unit_of_a_kind_does_not_matter() -> None:
     for one, other in zip(*both, strict=True):
         assert torch.equal(one.heads, other.heads)
         assert torch.equal(one.channels, other.channels)
+
+
+def test_a_layer_keeps_whole_blocks_or_all_it_has() -> None:
+    importance = [
+        LayerImportance(layer.heads, layer.channels[:58])  # seven blocks of eight and two more
+        for layer in _random(7)
+    ]
+    for target in np.arange(0.25, 0.98, 0.02):
+        for parts in keep_globally(importance, WEIGHTS, float(target), 8):
+            assert len(parts.channels) % 8 == 0 or len(parts.channels) == 58

@@ -20,16 +20,23 @@ from recflow.compression.prune import (
 from recflow.core.columns import Columns
 from recflow.core.errors import ArtifactError, ConfigError
 from recflow.modeling.batching import items_in_use
-from recflow.modeling.encoder import TorchRuntime, load_pretrained
+from recflow.modeling.encoder import TextEncoder, TorchRuntime, load_pretrained
 from recflow.modeling.layout import read_ranker_config
 from recflow.modeling.low_rank import factorise
-from recflow.modeling.ranker import load_encoder, load_parts, load_ranker, save_ranker
+from recflow.modeling.ranker import (
+    count_parameters,
+    load_encoder,
+    load_parts,
+    load_ranker,
+    save_ranker,
+)
 from recflow.modeling.texts import TextTokenizer, encode_texts
 from recflow.modeling.tracking import NullTracker
 from recflow.modeling.trainer import TrainingReport
 from recflow_tests.unit.compression.rankers import ranker_of_family
 
 QUICK = PruningConfig(
+    allocation="uniform",
     head_share=0.25,
     channel_share=0.5,
     importance_clicks=64,
@@ -199,6 +206,31 @@ def test_parts_of_all_layers_compete_for_the_target(
     shapes = prunable_layers(encoder).shapes
     assert tuple(shape.heads for shape in shapes) == report.heads
     assert tuple(shape.channels for shape in shapes) == report.channels
+
+
+def test_a_latency_is_reached_by_the_largest_share_that_has_it(
+    trained: tuple[Path, TrainingReport],
+    items: pl.DataFrame,
+    train: pl.DataFrame,
+    validation: pl.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def latency(parent: TextEncoder, pruned: TextEncoder, *_: object) -> float:
+        """As if only the weights took time."""
+        return count_parameters(pruned.layers) / count_parameters(parent.layers)
+
+    monkeypatch.setattr("recflow.compression.allocation.latency_share", latency)
+    config = PruningConfig(
+        allocation="global",
+        target_latency_share=0.6,
+        channel_multiple=1,
+        importance_clicks=64,
+        recovery_steps=0,
+        threads=1,
+    )
+    report = _prune(trained[0], tmp_path, items, train, validation, config)
+    assert 0.55 < report.kept_share <= 0.6
 
 
 def test_a_low_rank_parent_is_refused(

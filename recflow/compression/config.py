@@ -67,9 +67,9 @@ class DistillationConfig:
     layers: int = 3
     width: int = 0
     epochs: int = 12
-    max_steps: int = 400
+    max_steps: int = 300
     batch_size: int = 64
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     hidden_layers: str = "last"
     hidden_weight: float = 1.0
     click_steps: int = 60
@@ -118,13 +118,13 @@ class PruningConfig:
     """What to remove, and how to recover.
 
     Attributes:
-        allocation: ``uniform`` removes the same share of every layer, ``global`` lets the parts of
-            all layers compete.
+        allocation: ``global`` lets the parts of all layers compete, ``uniform`` removes the same
+            share of every layer.
         head_share: Share of each layer's attention heads to remove, with ``uniform``; a third where
             no share is given, none where only the other one is.
         channel_share: The same of its feed-forward channels; half where no share is given.
         target_share: Share of the layers' weights to keep, with ``global``; 5/9 where no target is
-            given, which is what ``uniform`` leaves by default.
+            given, which is what ``uniform`` leaves of BERT by default.
         target_latency_share: Share of the parent's time that the encoder may take, measured on this
             machine; the other target of ``global``.
         channel_multiple: With ``global``, a layer keeps a multiple of so many channels.
@@ -141,7 +141,7 @@ class PruningConfig:
         seed: Seed of everything random.
     """
 
-    allocation: str = "uniform"
+    allocation: str = "global"
     head_share: float | None = None
     channel_share: float | None = None
     target_share: float | None = None

@@ -39,7 +39,7 @@ QUICK = DistillationConfig(
     click_steps=12,
     click_batch_size=16,
     click_texts=12,
-    negatives=3,
+    negatives=6,  # slates have four
     threads=1,
 )
 
@@ -215,7 +215,9 @@ def test_a_pruned_teacher_is_as_good_as_any(world: World, tmp_path: Path) -> Non
         items=world.items,
         train=world.train,
         validation=world.validation,
-        config=PruningConfig(head_share=0.25, importance_clicks=32, recovery_steps=5, threads=1),
+        config=PruningConfig(
+            allocation="uniform", head_share=0.25, importance_clicks=32, recovery_steps=5, threads=1
+        ),
         tracker=NullTracker(),
     )
     chained = dataclasses.replace(world, parent=pruned)

@@ -250,29 +250,30 @@ def test_a_low_rank_parent_is_refused(
 
 
 def test_a_share_that_is_not_given_removes_nothing_beside_one_that_is() -> None:
-    default = PruningConfig()
+    default = PruningConfig(allocation="uniform")
     assert (default.removed_heads, default.removed_channels) == (1 / 3, 1 / 2)
-    one = PruningConfig(channel_share=0.3)
+    one = PruningConfig(allocation="uniform", channel_share=0.3)
     assert (one.removed_heads, one.removed_channels) == (0, 0.3)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"head_share": 1.0},
-        {"channel_share": -0.1},
-        {"head_share": 0, "channel_share": 0},
+        {"head_share": 1.0, "allocation": "uniform"},
+        {"channel_share": -0.1, "allocation": "uniform"},
+        {"head_share": 0, "channel_share": 0, "allocation": "uniform"},
         {"recovery_steps": -1},
         {"learning_rate": 0},
         {"importance_clicks": 0},
         {"channel_multiple": 0},
         {"allocation": "random"},
-        {"target_share": 0.5},  # uniform takes the other shares
-        {"target_latency_share": 0.5},
-        {"head_share": 0.5, "allocation": "global"},
-        {"target_share": 1.0, "allocation": "global"},
-        {"target_latency_share": 0.0, "allocation": "global"},
-        {"target_share": 0.5, "target_latency_share": 0.5, "allocation": "global"},
+        {"target_share": 0.5, "allocation": "uniform"},  # which takes the other shares
+        {"target_latency_share": 0.5, "allocation": "uniform"},
+        {"head_share": 0.5},
+        {"channel_share": 0.5},
+        {"target_share": 1.0},
+        {"target_latency_share": 0.0},
+        {"target_share": 0.5, "target_latency_share": 0.5},
     ],
 )
 def test_impossible_configuration_is_refused(changes: dict[str, float]) -> None:

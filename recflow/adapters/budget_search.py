@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -31,7 +30,7 @@ from recflow.compression.budget import (
     worth_making,
 )
 from recflow.compression.family import ROOT, Family, with_deployment
-from recflow.compression.measure import MeasurementConfig, measure
+from recflow.compression.measure import MeasurementConfig, measure, serving_bytes
 from recflow.core.artifacts import MANIFEST_NAME, Artifact, Draft, JsonValue
 from recflow.core.columns import Columns
 from recflow.core.errors import ConfigError, ParityError
@@ -40,6 +39,7 @@ from recflow.data.split import Claim
 from recflow.evaluation.evaluator import Estimate, EvaluationConfig, evaluate
 from recflow.evaluation.scoring import Predictions, Snapshot, predict
 from recflow.modeling.batching import items_in_use
+from recflow.modeling.encoder import WEIGHTS_NAME
 from recflow.modeling.layout import read_ranker_config
 from recflow.modeling.ranker import count_parameters, load_encoder, load_parts, load_ranker
 from recflow.modeling.texts import TOKENIZER_NAME, TextTokenizer
@@ -47,7 +47,6 @@ from recflow.modeling.tracking import NullTracker, Tracker
 
 logger = logging.getLogger("recflow.compression")
 
-TRIALS_NAME: Final = "trials.json"
 _FOLDER: Final = "searched"
 _ROOT_FAMILY: Final = Family(MappingProxyType({}))
 
@@ -143,7 +142,6 @@ def build_compressed(
             raise ConfigError(f"not one of {len(trials)} chains could be made: {reasons}")
         chosen = next(chain for chain in chains if chain.name == best.name)
         _copy_model(judge.made[chosen.name], draft.path)
-        _write_trials(draft.path / TRIALS_NAME, trials)
         draft.facts |= {
             "chain": list(best.steps),
             "meets_budget": meets,
@@ -320,6 +318,7 @@ def _encoder_size(root: Path, data: StoredSnapshot) -> EncoderSize:
         table_weights=table,
         table_share=len(occurring) / int(encoder.config.vocab_size),
         other_weights=count_parameters(encoder) - layers - table,
+        beside_bytes=serving_bytes(root) - (root / WEIGHTS_NAME).stat().st_size,
     )
 
 
@@ -327,7 +326,7 @@ def _costs(measurement: Measurement) -> dict[str, float]:
     """Measured values under the names of the limits."""
     single = next(latency for latency in measurement.latencies if latency.batch_size == 1)
     return {
-        "max_megabytes": measurement.size_bytes / 1e6,
+        "max_megabytes": measurement.serving_bytes / 1e6,
         "max_p99_ms": single.p99,
         "max_memory_mib": measurement.peak_rss_bytes / 2**20,
     }
@@ -356,11 +355,6 @@ def _copy_model(model: Artifact, folder: Path) -> None:
     for name in model.manifest.files:
         if name != MANIFEST_NAME:
             shutil.copyfile(model.path / name, folder / name)
-
-
-def _write_trials(file: Path, trials: Sequence[Trial]) -> None:
-    text = json.dumps([asdict(trial) for trial in trials], indent=2, sort_keys=True)
-    file.write_text(text + "\n", encoding="utf-8")
 
 
 def _cell(value: float | None) -> str:

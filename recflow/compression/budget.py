@@ -30,7 +30,8 @@ class Budget:
     """What a model may cost; ``None`` sets no limit.
 
     Attributes:
-        max_megabytes: Weights on disk, in 10^6 bytes.
+        max_megabytes: Everything that serving reads from disk – weights, user model, tokenizer –
+            in 10^6 bytes.
         max_p99_ms: 99th percentile of the latency of one text, in milliseconds, on one thread.
         max_memory_mib: Peak memory of a fresh process that loads the model and encodes.
         max_auc_loss: Validation AUC lost, relative to the fine-tuned model's.
@@ -96,14 +97,15 @@ class ChainSpace:
 
 @dataclass(frozen=True, slots=True)
 class EncoderSize:
-    """Where the weights of the fine-tuned encoder are.
+    """Where the weights and bytes of the fine-tuned model are.
 
     Attributes:
         layers: Transformer layers.
         layer_weights: Weights of all of them together.
         table_weights: Weights of the token table.
         table_share: Share of its tokens that trimming keeps.
-        other_weights: All other weights.
+        other_weights: All other weights of the encoder.
+        beside_bytes: Bytes on disk of what is not the encoder.
     """
 
     layers: int
@@ -111,6 +113,7 @@ class EncoderSize:
     table_weights: int
     table_share: float
     other_weights: int
+    beside_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +235,8 @@ def _candidate(
         + size.table_weights * (size.table_share if trim else 1)
         + size.other_weights
     )
-    return Candidate(MappingProxyType(tables), kept, weights * _BYTES[precision] / 1e6)
+    size_bytes = weights * _BYTES[precision] + size.beside_bytes
+    return Candidate(MappingProxyType(tables), kept, size_bytes / 1e6)
 
 
 def _steps(
@@ -242,11 +246,14 @@ def _steps(
     if layers:
         yield f"distill{layers}", {"step": "distill", "layers": layers}
     if share < 1:
-        yield f"prune{share * 100:.0f}", {
-            "step": "prune",
-            "allocation": "global",
-            "target_share": share,
-        }
+        yield (
+            f"prune{share * 100:.0f}",
+            {
+                "step": "prune",
+                "allocation": "global",
+                "target_share": share,
+            },
+        )
     if ratio < 1:
         yield f"rank{ratio * 100:.0f}", {"step": "low_rank", "ratio": ratio}
     if trim:

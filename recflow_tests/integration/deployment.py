@@ -31,7 +31,13 @@ QUICK: dict[str, Any] = {
             "schedule": {"head_epochs": 1, "encoder_epochs": 1, "checkpoint_seconds": 0.0},
         }
     },
+    # The tiny encoder has two layers.
+    "models__distilled": {
+        "config": {"layers": 1, "max_steps": 4, "click_steps": 2, "validations": 1}
+    },
     "models__pruned": {"config": {"recovery_steps": 5}},
+    "models__low_rank": {"config": {"recovery_steps": 2}},
+    "models__sparse": {"config": {"recovery_steps": 2}},
     "evaluation__predictions": {"config": {"catalogue_sample": 50}},
     "evaluation__measurements": {"config": {"texts": 32}},
     "evaluation__report": {"config": {"bootstrap_samples": 100}},

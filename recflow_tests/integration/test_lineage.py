@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from recflow.compression.family import load_family
 from recflow.settings import PROJECT_ROOT
 from recflow_tests.integration.deployment import (
     LAST_DAY,
@@ -21,18 +22,21 @@ from recflow_tests.integration.deployment import (
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
+FAMILY = load_family()
 TABLES = [
     f"{stage}/{t}" for stage in ("raw", "cleaned", "features") for t in ("impressions", "items")
 ]
 REPEATABLE = [
     *("splits/train", "splits/validation", "splits/test", "splits/items"),
-    *("models/fine_tuned", "models/pruned", "models/quantized"),
+    *(FAMILY.key(name) for name in FAMILY.names),
+    "models/item_vectors",
     "evaluation/predictions",
 ]
 SCORERS = {
     *("random", "category_share", "text_similarity", "popularity", "oracle"),
     *("popularity_decayed_4h_delay_1440min", "popularity_decayed_4h_delay_10min"),
-    *("fine_tuned", "pruned", "quantized"),
+    *FAMILY.names,
+    *("fine_tuned_vectors_int8", "fine_tuned_vectors_pq"),
 }
 
 
@@ -72,7 +76,7 @@ def test_report_shows_every_scorer_with_intervals(trained: Deployment) -> None:
     assert all(name in page for name in SCORERS)
     assert "http-equiv" in page
     measured = {name for name, entry in scorers.items() if entry["cost"] is not None}
-    assert measured == {"fine_tuned", "pruned", "quantized"}
+    assert measured == set(FAMILY.names)
 
 
 def test_training_is_one_finished_mlflow_run(trained: Deployment) -> None:

@@ -27,7 +27,9 @@ _SPACE = ChainSpace()
 class BudgetRunConfig(Rebuild):
     """The limits, the chains that are tried, and for how long."""
 
-    max_megabytes: float | None = Field(25.0, description="Weights on disk, in 10^6 bytes")
+    max_megabytes: float | None = Field(
+        25.0, description="Weights, user model and tokenizer on disk, in 10^6 bytes"
+    )
     max_p99_ms: float | None = Field(
         None, description="99th percentile of the latency of one text on one thread"
     )

@@ -69,7 +69,7 @@ class ReportConfig(Rebuild):
         *keys_of([*MODELS, ITEM_VECTORS, TRAIN, VALIDATION, TEST, ITEMS]),
     ],
     pool=POOL,
-    code_version="1",
+    code_version="2",
     description="Scores of validation and test by every baseline and every model.",
 )
 def predictions(
@@ -104,7 +104,7 @@ def predictions(
     # After the predictions, not beside them: whatever else runs distorts what is measured.
     deps=keys_of([PREDICTIONS, *MODELS, ITEMS]),
     pool=POOL,
-    code_version="1",
+    code_version="2",
     description="Size, latency, throughput and memory of every model, on this machine.",
 )
 def measurements(
@@ -138,7 +138,7 @@ def measurements(
             for key in keys_of([CLEANED_IMPRESSIONS, CLEANED_ITEMS])
         ),
     ],
-    code_version="1",
+    code_version="2",
     description="Accuracy with intervals beside latency, size and memory; one HTML and one JSON.",
 )
 def report(

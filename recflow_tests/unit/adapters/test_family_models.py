@@ -158,7 +158,7 @@ def test_the_first_chain_within_the_budget_is_stored(shared: World) -> None:
     assert (found.path / "model.onnx").read_bytes() == (made.path / "model.onnx").read_bytes()
     assert load_ranker(found.path).encode(["sea0 the"]).shape == (1, 32)
     table = budget_table(found).splitlines()
-    assert table[0].startswith("| chain | max_megabytes | max_auc_loss |")
+    assert table[0].startswith("| chain | max_auc_loss | max_megabytes |")
     assert "**trim → quantize int8_dynamic**" in table[3]
     assert shared.store.get(COMPRESSED, DAY).digest == found.digest
 

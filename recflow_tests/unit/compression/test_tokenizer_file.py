@@ -151,7 +151,6 @@ def test_every_reference_to_a_token_is_renumbered(files: dict[str, Path]) -> Non
     special = described["post_processor"]["special_tokens"]
     assert special["[CLS]"]["ids"] == [trimmed.token_to_id("[CLS]")]
     assert special["[SEP]"]["ids"] == [trimmed.token_to_id("[SEP]")]
-    assert described["padding"]["pad_id"] == trimmed.token_to_id("[PAD]")
     assert described["truncation"]["max_length"] == 9
 
     source = TrimmableTokenizer(files["BPE"])
@@ -174,11 +173,20 @@ def test_a_kept_token_of_bpe_keeps_the_tokens_it_is_merged_from(files: dict[str,
     assert trimmed.encode(word).tokens == ["<s>", longest, "<|end|>"]
 
 
-def test_the_penalty_of_unknown_characters_stays(files: dict[str, Path]) -> None:
-    source = TrimmableTokenizer(files["Unigram"])
-    whole = json.loads(files["Unigram"].read_text())["model"]["vocab"]
-    trimmed = json.loads(source.cut(source.select(set())))["model"]["vocab"]
-    assert min(score for _, score in trimmed) == min(score for _, score in whole)
+def test_the_penalty_of_unknown_characters_stays(tmp_path: Path) -> None:
+    # A word piece, not a character, is the least likely; unknown ones cost 10 more than it does.
+    scores = [("<unk>", 0.0), ("a", -1.0), ("b", -2.0), ("xb", -15.5), ("rare", -8.0)]
+    Tokenizer(models.Unigram(scores, 0)).save(str(tmp_path / "tokenizer.json"))
+    source = TrimmableTokenizer(tmp_path / "tokenizer.json")
+    assert source.select(set()).tolist() == [0, 1, 2, 3]
+
+
+def test_the_padding_is_renumbered(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "word": 1, "[PAD]": 2}, unk_token="[UNK]"))
+    tokenizer.enable_padding(pad_id=2, pad_token="[PAD]")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    source = TrimmableTokenizer(tmp_path / "tokenizer.json")
+    assert json.loads(source.cut(source.select(set())))["padding"]["pad_id"] == 1
 
 
 def test_common_tokens_are_those_of_the_lowest_numbers_that_can_occur(tmp_path: Path) -> None:

@@ -131,8 +131,8 @@ def test_the_estimate_chooses_from_the_texts_that_appeared_earlier(
 ) -> None:
     items = pl.DataFrame(
         {
-            Columns.ITEM_ID: ["old 1", "old 2", "new 1", "new 2"],
-            Columns.TEXT: ["sea0 the", "sea1 the", "sea0 the", "war3 the"],
+            Columns.ITEM_ID: ["new 1", "old 1", "new 2", "old 2"],
+            Columns.TEXT: ["sea0 the", "sea0 the", "war3 the", "sea1 the"],
             Columns.CATEGORY: ["x"] * 4,
         }
     )
@@ -266,20 +266,20 @@ def test_positions_that_begin_behind_the_padding_stay(
 ) -> None:
     base = write_family("roberta", tmp_path / "base", base_model / "tokenizer.json")
     described = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(described | {"pad_token_id": 4}))
+    (base / "config.json").write_text(json.dumps(described | {"pad_token_id": 5}))
     encoder = load_pretrained(base)
     parent, output = tmp_path / "parent", tmp_path / "output"
     for folder in (parent, output):
         folder.mkdir()
     save_ranker(parent, encoder, base / "tokenizer.json", load_ranker(trained[0]).parts)
     report = _trim(parent, output, items, few, validation)
-    # Besides what any encoder keeps, [MASK], which nothing else names.
+    # Besides what any encoder keeps, [MASK], which nothing names but which comes before token 5.
     assert report.tokens == report.seen_tokens + report.always_kept + 1
     texts = items_in_use(items, [few], 5).texts
     before, after = (load_ranker(path, threads=1).encode(texts) for path in (parent, output))
     np.testing.assert_array_equal(before, after)
-    with pytest.raises(ConfigError, match="with all tokens up to 4"):
-        trim_encoder(encoder, np.array([0, 1, 2, 3, 5]))
+    with pytest.raises(ConfigError, match="with all tokens up to 5"):
+        trim_encoder(encoder, np.array([0, 1, 2, 3, 5, 6]))
 
 
 def test_a_narrow_student_with_a_projection_is_trimmed(

@@ -224,6 +224,22 @@ def test_vectors_are_looked_up_by_the_rows_of_an_item_table(
         look_up(np.array([0, 1]))
 
 
+def test_the_rotation_makes_pq_closer(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide_first = make_rng(0, "spectrum").normal(size=(900, DIMENSION)) * 0.6 ** np.arange(DIMENSION)
+    learnt_from, later = np.split(_unit(wide_first), [700])
+
+    def error() -> float:
+        codec = fit_codec(learnt_from, _config("pq", subvectors=4))
+        return 1 - float((codec.decode(codec.encode(later)) * later).sum(1).mean())
+
+    rotated = error()
+    monkeypatch.setattr(
+        "recflow.compression.vector_store.balanced_rotation",
+        lambda *_: np.eye(DIMENSION, dtype=np.float32),
+    )
+    assert rotated < 0.5 * error()
+
+
 def test_the_rotation_is_orthogonal_and_spreads_the_parts_alike() -> None:
     rotation = balanced_rotation(TRAIN, 4)
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(DIMENSION), atol=1e-5)

@@ -195,6 +195,7 @@ def distill_ranker(
         parent_auc = _auc(teacher, tokenizer, parts, items, sample)
 
         lesson = _prepare(teacher, tokenizer, parts, items, train, config.seed)
+        clicks = _Clicks(parts, lesson, train)
         kept = choose_layers(len(teacher.layers), config.layers)
         basis = None
         if 0 < config.width < teacher.width:
@@ -209,11 +210,11 @@ def distill_ranker(
             best_text = _learn_from_texts(student, lesson, hidden, config, tracker)
             del hidden  # lets go of the files in the folder
         text_cosine = lesson.held_out_cosine(student)
-        parts, parent_parts = replace(parts, user_model=copy.deepcopy(parts.user_model)), parts
+        parts = replace(parts, user_model=copy.deepcopy(parts.user_model))
         best_click = _learn_from_clicks(
             student,
             parts,
-            _Clicks(parent_parts, lesson, train),
+            clicks,
             lambda: _auc(student, tokenizer, parts, items, sample),
             config,
             tracker,
@@ -308,8 +309,8 @@ class _HiddenTargets:
     """The teacher's hidden states behind some layers, in the student's basis.
 
     They are computed once and read from disk through a memory map; where they need more room than
-    is allowed, the teacher runs again for every batch, which costs about as much as the student's
-    own forward pass and no room.
+    is allowed, the teacher runs again for every batch, which costs time (all its layers, without
+    gradients) and no room.
 
     Attributes:
         behind: Layers of the student behind which states are compared, lowest first.

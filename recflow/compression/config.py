@@ -350,7 +350,7 @@ class VectorStoreConfig:
     """
 
     codec: str = "int8"
-    subvectors: int = 96
+    subvectors: int = 128
     threads: int = 2
     seed: int = 0
 

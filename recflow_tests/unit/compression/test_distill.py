@@ -13,6 +13,7 @@ import torch
 from recflow.compression import distill
 from recflow.compression.config import DistillationConfig, PruningConfig
 from recflow.compression.distill import DistillationReport, distill_ranker
+from recflow.compression.export import export_encoder
 from recflow.compression.prune import prune_ranker
 from recflow.compression.student import (
     build_student,
@@ -24,6 +25,7 @@ from recflow.core.columns import Columns
 from recflow.core.errors import ArtifactError, ConfigError, ContractError
 from recflow.modeling.encoder import TextEncoder, TorchRuntime, load_pretrained
 from recflow.modeling.layout import read_ranker_config
+from recflow.modeling.onnx_runtime import OnnxRuntime
 from recflow.modeling.ranker import load_encoder, load_ranker
 from recflow.modeling.texts import TextTokenizer, encode_texts, pad_tokens
 from recflow.modeling.tracking import NullTracker
@@ -204,6 +206,16 @@ def test_a_narrower_student_keeps_the_width_of_the_vectors(world: World, tmp_pat
     second = grandchild.distill(tmp_path / "second", layers=1)
     assert second.width == 16
     assert second.cosine > 0.8
+
+
+def test_a_narrower_student_is_exported_with_its_projection(base_model: Path) -> None:
+    teacher = load_pretrained(base_model)
+    tokens = TextTokenizer(base_model / "tokenizer.json", 16)(["sea0 the war1", "pop2"])
+    student = build_student(teacher, (1,), principal_directions(teacher, tokens, (1,), 16))
+    exported = OnnxRuntime(export_encoder(student), 1)
+    assert exported.dimension == 32
+    expected = TorchRuntime(student, 1, mixed=False)(tokens)
+    np.testing.assert_allclose(exported(tokens), expected, atol=1e-5)
 
 
 def test_a_pruned_teacher_is_as_good_as_any(world: World, tmp_path: Path) -> None:

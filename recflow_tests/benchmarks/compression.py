@@ -261,9 +261,9 @@ def find_contenders(ranker: Path, models: Path, day: str, folder: Path) -> list[
         Contender("OpenVINO as it comes", OPENVINO, float32, ranker),
     ]
     for variant in sorted(models.glob(f"*/{day}")):
-        if (variant / CONFIG_NAME).is_file():
-            own = [variant / name for name in (WEIGHTS_NAME, ONNX_NAME)]
-            file = next(file for file in own if file.is_file())
+        own = [variant / name for name in (WEIGHTS_NAME, ONNX_NAME)]
+        file = next((file for file in own if file.is_file()), None)
+        if file is not None and (variant / CONFIG_NAME).is_file():
             contenders.append(Contender(f"`{variant.parent.name}`", VARIANT, file, variant))
     return contenders
 

@@ -133,3 +133,35 @@ def test_killed_run_leaves_nothing_half_and_reruns_to_the_same_result(
     assert fine_tuned.facts["resumed_at_step"] > 0  # type: ignore[operator]
     assert second.digests(*REPEATABLE) == trained.digests(*REPEATABLE)
     assert not list(checkpoints.iterdir())
+
+
+def test_the_report_shows_the_family_as_a_tree_with_its_frontier(trained: Deployment) -> None:
+    report = trained.store.get("evaluation/report", str(LAST_DAY))
+    (board,) = json.loads(report.file("report.json").read_text())["compression"]
+    members = {member["name"]: member for member in board["members"]}
+    assert set(members) == set(FAMILY.names)
+    assert members["distilled_trimmed_quantized"]["parent"] == "distilled_trimmed"
+    verdicts = {member["verdict"] for member in members.values()}
+    assert "frontier" in verdicts
+    assert "unjudged" not in verdicts
+    for name in FAMILY.variants:
+        change = members[name]["against_root"]["difference"]
+        assert change["low"] <= change["value"] <= change["high"]
+
+
+# Last, because what it makes is judged with the other models from then on.
+def test_a_model_found_for_a_budget_joins_the_report(trained: Deployment) -> None:
+    limits = {"max_megabytes": 0.5, "max_auc_loss": 0.9}
+    space = {"distill_layers": [0], "prune_shares": [1.0], "trim": [True]}
+    config = {"models__compressed": {"config": {**limits, **space}}}
+    done = trained.materialise('key:"models/compressed"', str(LAST_DAY), config)
+    assert done.returncode == 0, done.stderr
+    assert "models/compressed: meets_budget holds" in done.stderr
+    found = trained.store.get("models/compressed", str(LAST_DAY))
+    assert found.facts["chain"] == ["trim", "quantize int8_dynamic"]
+
+    done = trained.materialise("group:evaluation", str(LAST_DAY), QUICK)
+    assert done.returncode == 0, done.stderr
+    report = trained.store.get("evaluation/report", str(LAST_DAY))
+    (board,) = json.loads(report.file("report.json").read_text())["compression"]
+    assert {member["name"] for member in board["members"]} == {*FAMILY.names, "compressed"}

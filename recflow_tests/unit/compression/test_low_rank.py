@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from recflow.compression.config import CRITERIA, LowRankConfig
+from recflow.compression.export import check_parity, export_encoder
 from recflow.compression.low_rank import LowRankReport, factorisable, low_rank_ranker, lower_ranks
-from recflow.compression.quantize import check_parity, export_encoder
 from recflow.core.columns import Columns
 from recflow.core.errors import ArtifactError, ConfigError
 from recflow.modeling.encoder import (

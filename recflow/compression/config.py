@@ -72,12 +72,12 @@ class DistillationConfig:
     learning_rate: float = 1e-3
     hidden_layers: str = "last"
     hidden_weight: float = 1.0
-    click_steps: int = 60
+    click_steps: int = 40
     click_batch_size: int = 64
     click_texts: int = 64
     negatives: int = 4
-    score_weight: float = 0.5
-    click_learning_rate: float = 1e-4
+    score_weight: float = 0.8
+    click_learning_rate: float = 3e-5
     tune_user_model: bool = False
     weight_decay: float = 0.01
     gradient_clip: float = 1.0

@@ -12,7 +12,8 @@ texts it knows, which it will not be in use.
 
 *From clicks*: cross-entropy of the click in its slate, and the divergence of the student's from the
 teacher's distribution over the same slate (Hinton et al. 2015, https://arxiv.org/abs/1503.02531),
-while the cosine goes on holding the vectors where they are.
+while the cosine goes on holding the vectors where they are. A teacher that has learnt from these
+very clicks leaves little to gain: where validation shows none, the state before them stays.
 
 The embeddings stay the teacher's: they are most of the weights, learning them would cost time and
 gain little, and texts met later need those of all words in one space.

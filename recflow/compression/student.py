@@ -47,8 +47,9 @@ _WRITE_STATES: Final = ("output.dense.weight", "output.dense.bias")
 def choose_layers(teacher_layers: int, layers: int) -> tuple[int, ...]:
     """Layers of the teacher that a student begins with: evenly spread, first and last included.
 
-    The first one reads the embeddings and the last one writes what is pooled; students that lack
-    the first start further away and end there.
+    The first one reads the embeddings and the last one writes what is pooled. On MovieLens three
+    layers of six were nearer to the teacher with the first (0, 2, 5) than without it (1, 3, 5),
+    before and after training.
 
     Args:
         teacher_layers: Layers of the teacher.

@@ -4,11 +4,11 @@ It begins with layers of the teacher (:mod:`recflow.compression.student`) and le
 
 *From texts*, without labels: its vectors are pulled to the teacher's by their cosine, and its
 normalised hidden states to the teacher's by their squared distance, which teaches it every token of
-a text instead of one vector (TinyBERT, Jiao et al. 2020, https://arxiv.org/abs/1909.10351; by
-default of the last layer alone, as in MiniLM, Wang et al. 2020, https://arxiv.org/abs/2002.10957: on
-MovieLens that did no worse than every layer, and it costs less). The texts are those of train and not of the whole catalogue: the catalogue of a log holds texts that
-appeared in the days of validation and test, and a student that has seen them would be measured on
-texts it knows, which it will not be in use.
+a text instead of one vector (TinyBERT, Jiao et al. 2020, https://arxiv.org/abs/1909.10351). By
+default those of the last layer alone (MiniLM, Wang et al. 2020, https://arxiv.org/abs/2002.10957):
+on MovieLens that did no worse than every layer, and it costs less. The texts are those of train and
+not of the whole catalogue: that holds texts which appeared in the days of validation and test, and
+a student that has seen them would be measured on texts it knows, which it will not be in use.
 
 *From clicks*: cross-entropy of the click in its slate, and the divergence of the student's from the
 teacher's distribution over the same slate (Hinton et al. 2015, https://arxiv.org/abs/1503.02531),

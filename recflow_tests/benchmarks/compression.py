@@ -43,6 +43,7 @@ _PADDED_TO = 128
 _FRESH_SECONDS = 600
 _FRESH_TEXTS = 32
 _COMPARED_TEXTS = 100
+_SINGLES, _BATCHES = 51, 6  # calls a turn; the first is not timed
 _MEGABYTE, _MEBIBYTE = 10**6, 2**20
 
 
@@ -283,8 +284,8 @@ def table(
     rankers = {c.name: load(c, options.threads) for c in contenders}
     encoders = {name: ranker.encode for name, ranker in rankers.items()}
     turns = 2 * options.rounds
-    single = time_in_turns(encoders, [[draw(1) for _ in range(21)] for _ in range(turns)])
-    batches = time_in_turns(encoders, [[draw(32) for _ in range(3)] for _ in range(turns)])
+    single = time_in_turns(encoders, [[draw(1) for _ in range(_SINGLES)] for _ in range(turns)])
+    batches = time_in_turns(encoders, [[draw(32) for _ in range(_BATCHES)] for _ in range(turns)])
     sample = draw(options.texts)
     bulk = time_in_turns(encoders, [[draw(8), sample]] * turns)
     rates = {name: len(sample) / float(np.median(t.seconds)) for name, t in bulk.items()}
@@ -367,8 +368,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="movielens", help="whose snapshot: see make demo")
     parser.add_argument("--threads", type=int, default=1, help="of every contender")
-    parser.add_argument("--rounds", type=int, default=2, help="of two turns each")
-    parser.add_argument("--texts", type=int, default=96, help="encoded at a time for the rate")
+    parser.add_argument("--rounds", type=int, default=3, help="of two turns each")
+    parser.add_argument("--texts", type=int, default=256, help="encoded at a time for the rate")
     parser.add_argument("--fresh", nargs=4, metavar=("NAME", "KIND", "WEIGHTS", "RANKER"))
     options = parser.parse_args(arguments)
     if options.fresh:

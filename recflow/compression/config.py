@@ -344,20 +344,21 @@ class VectorStoreConfig:
 
     Attributes:
         codec: One of :data:`CODECS`.
-        subvectors: Bytes of an item with ``pq``; divides the width of the vectors.
+        subvectors: Bytes of an item with ``pq``, a divisor of the width of the vectors; ``None``
+            takes the largest that is at most a third of it.
         threads: Threads of the training of ``pq``.
         seed: Seed of its centroids.
     """
 
     codec: str = "int8"
-    subvectors: int = 128
+    subvectors: int | None = None
     threads: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise ConfigError at the first impossible value."""
         require_one_of(self, "codec", CODECS)
-        require_at_least(self, 1, "subvectors", "threads")
+        require_at_least(self, 1, "threads", *_given(self, "subvectors"))
         require_at_least(self, 0, "seed")
 
 

@@ -169,21 +169,22 @@ class Pq(Codec):
             ConfigError: The vectors cannot be cut into that many parts, or are too few.
         """
         items, dimension = vectors.shape
-        if dimension % config.subvectors:
+        parts = config.subvectors or _largest_divisor(dimension, dimension // 3)
+        if dimension % parts:
             allowed = f"a divisor of {dimension}, the width of the vectors"
-            raise ConfigError.of("subvectors", config.subvectors, allowed)
+            raise ConfigError.of("subvectors", parts, allowed)
         if items < _CENTROIDS:
             raise ConfigError.of(
                 "codec", "pq", f"another codec for {items} items; pq needs {_CENTROIDS}"
             )
-        rotation = balanced_rotation(vectors, config.subvectors)
-        quantizer = _faiss().ProductQuantizer(dimension, config.subvectors, 8)
+        rotation = balanced_rotation(vectors, parts)
+        quantizer = _faiss().ProductQuantizer(dimension, parts, 8)
         quantizer.cp.seed = derive_seed(config.seed, "product quantization") % 2**31
         quantizer.cp.min_points_per_centroid = 1  # else it warns of small catalogues
         with _faiss_threads(config.threads):
             quantizer.train(vectors @ rotation)
         centroids = _faiss().vector_to_array(quantizer.centroids)
-        shape = (config.subvectors, _CENTROIDS, dimension // config.subvectors)
+        shape = (parts, _CENTROIDS, dimension // parts)
         return cls(dimension, {"centroids": centroids.reshape(shape), "rotation": rotation})
 
     @property
@@ -466,6 +467,10 @@ def _read_description(file: Path) -> dict[str, Any]:
     if described["codec"] not in _CODECS:
         raise ArtifactError(f"{file} has codec {described['codec']!r}; known: {', '.join(_CODECS)}")
     return described
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max((part for part in range(1, most + 1) if number % part == 0), default=1)
 
 
 def _nearest(rows: Rows, cosines: Vectors, k: int) -> Neighbours:

@@ -175,8 +175,8 @@ class ItemVectorsConfig(Rebuild):
     """How the item vectors are stored; see ``VectorStoreConfig``."""
 
     codecs: list[str] = Field(["int8", "pq"], description="float32, float16, int8, pq")
-    subvectors: int = Field(
-        VectorStoreConfig().subvectors, description="Bytes of an item's vector with pq"
+    subvectors: int | None = Field(
+        None, description="Bytes of an item's vector with pq; at most a third of its width if unset"
     )
 
 

@@ -12,8 +12,8 @@ a student that has seen them would be measured on texts it knows, which it will 
 
 *From clicks*: cross-entropy of the click in its slate, and the divergence of the student's from the
 teacher's distribution over the same slate (Hinton et al. 2015, https://arxiv.org/abs/1503.02531),
-while the cosine goes on holding the vectors where they are. Where validation shows no gain, and on
-MovieLens and EB-NeRD it showed none, the state before them stays.
+while the cosine goes on holding the vectors where they are. Where validation shows no gain, the
+state before them stays.
 
 The embeddings stay the teacher's: they are most of the weights, learning them would cost time and
 gain little, and texts met later need those of all words in one space.

@@ -75,7 +75,7 @@ class ChainSpace:
     prune_shares: tuple[float, ...] = (1.0, 0.6)
     low_rank_ratios: tuple[float, ...] = (1.0,)
     trim: tuple[bool, ...] = (False, True)
-    precisions: tuple[str, ...] = ("int8_dynamic",)
+    precisions: tuple[str, ...] = ("int8_static",)
 
     def __post_init__(self) -> None:
         """Raise ConfigError at the first impossible value."""

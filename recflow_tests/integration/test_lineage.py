@@ -158,7 +158,7 @@ def test_a_model_found_for_a_budget_joins_the_report(trained: Deployment) -> Non
     assert done.returncode == 0, done.stderr
     assert "models/compressed: meets_budget holds" in done.stderr
     found = trained.store.get("models/compressed", str(LAST_DAY))
-    assert found.facts["chain"] == ["trim", "quantize int8_dynamic"]
+    assert found.facts["chain"] == ["trim", "quantize int8_static"]
 
     done = trained.materialise("group:evaluation", str(LAST_DAY), QUICK)
     assert done.returncode == 0, done.stderr

@@ -148,18 +148,18 @@ def test_a_variant_that_breaks_parity_is_not_stored(shared: World) -> None:
 
 def test_the_first_chain_within_the_budget_is_stored(shared: World) -> None:
     found = shared.search(Budget(max_megabytes=1.0, max_auc_loss=0.9))
-    assert found.facts["chain"] == ["trim", "quantize int8_dynamic"]
+    assert found.facts["chain"] == ["trim", "quantize int8_static"]
     assert found.facts["meets_budget"] is True
     assert budget_claim(found).holds
     notes = [trial["note"] for trial in found.facts["trials"]]  # type: ignore[index, union-attr]
     assert notes == ["", "not needed"]
     assert found.manifest.parents[FINE_TUNED] == shared.store.get(FINE_TUNED, DAY).digest
-    made = shared.store.get("searched/trim_int8_dynamic", DAY)
+    made = shared.store.get("searched/trim_int8_static", DAY)
     assert (found.path / "model.onnx").read_bytes() == (made.path / "model.onnx").read_bytes()
     assert load_ranker(found.path).encode(["sea0 the"]).shape == (1, 32)
     table = budget_table(found).splitlines()
     assert table[0].startswith("| chain | max_auc_loss | max_megabytes |")
-    assert "**trim → quantize int8_dynamic**" in table[3]
+    assert "**trim → quantize int8_static**" in table[3]
     assert shared.store.get(COMPRESSED, DAY).digest == found.digest
 
 
@@ -167,7 +167,7 @@ def test_an_infeasible_budget_says_so_and_shows_the_nearest(shared: World) -> No
     found = shared.search(Budget(max_megabytes=1e-6))
     assert found.facts["meets_budget"] is False
     # All are too large by the forecast; the smallest of them was made all the same.
-    assert found.facts["chain"] == ["distill 1", "trim", "quantize int8_dynamic"]
+    assert found.facts["chain"] == ["distill 1", "trim", "quantize int8_static"]
     claim = budget_claim(found)
     assert not claim.holds
     assert "no chain meets the budget; the nearest, distill 1 → trim" in claim.description

@@ -74,11 +74,11 @@ def test_every_combination_is_one_chain_from_the_gentlest_on() -> None:
     capacities = [c.capacity for c in found]
     assert capacities == sorted(capacities, reverse=True)
     # Among equals the larger one, which is not trimmed, comes first.
-    assert [c.name for c in found[:2]] == ["int8_dynamic", "trim_int8_dynamic"]
-    assert found[-1].name == "distill3_prune50_trim_int8_dynamic"
+    assert [c.name for c in found[:2]] == ["int8_static", "trim_int8_static"]
+    assert found[-1].name == "distill3_prune50_trim_int8_static"
     chain = found[-1].family("searched")
     assert chain.steps(found[-1].name) == ["distill", "prune", "trim", "quantize"]
-    assert chain.key(found[-1].name) == "searched/distill3_prune50_trim_int8_dynamic"
+    assert chain.key(found[-1].name) == "searched/distill3_prune50_trim_int8_static"
 
 
 def test_the_forecast_adds_up_the_parts() -> None:

@@ -42,7 +42,8 @@ LARGEST_BYTES = 400_000
 PATIENCE_S = 120.0
 STILL_SHOTS = 4
 NO_DITHER = Image.Dither.NONE
-GRAPH_WINDOW = (2400, 1300)  # the UI hides kinds and checks when it must zoom out further
+GRAPH_WINDOW = (4200, 2000)  # room for the whole lineage, made smaller afterwards
+GRAPH_SCALE = 0.6
 CHROMIUM_FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -81,6 +82,10 @@ def main() -> None:
     with _browser() as page:
         page.show(report_url, 1280, 1500, until="document.querySelector('table')")
         page.save("report_wide.png")
+        page.show(
+            f"{report_url}#cost-content-only", 1280, 1900, until="document.querySelector('table')"
+        )
+        page.save("report_compression.png")
         page.show(report_url, 390, 844, scale=2, until="document.querySelector('table')")
         page.save("report_phone.png")
         with _web_ui(deployment) as url:
@@ -91,7 +96,12 @@ def main() -> None:
 
 def _shoot_lineage(page: Page, url: str) -> None:
     page.prefer(UI_PREFERENCES)
-    page.show(f"{url}/asset-groups", *GRAPH_WINDOW, until=_shows("Global asset lineage"))
+    page.show(
+        f"{url}/asset-groups",
+        *GRAPH_WINDOW,
+        until=_shows("Global asset lineage"),
+        scale=GRAPH_SCALE,
+    )
     sidebar = "document.querySelector('[aria-label=panel_show_right]')"
     page.wait(f"{sidebar} && document.querySelector('svg foreignObject')")
     page.run(f"{sidebar}.closest('button').click()")
@@ -100,7 +110,7 @@ def _shoot_lineage(page: Page, url: str) -> None:
         "document.dispatchEvent(new KeyboardEvent('keydown', "
         "{altKey: true, code: 'KeyE', bubbles: true}))"
     )
-    page.wait(_shows("Passed"))  # results of checks come last
+    page.wait(_shows("distilled_trimmed"))
     page.save("asset_graph.png")
 
 

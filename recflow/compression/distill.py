@@ -43,6 +43,7 @@ from recflow.compression.recovery import (
     STEPS_BETWEEN_METRICS,
     encode_all,
     encode_tokens,
+    evenly_drawn,
     mean_cosine,
     text_batches,
     validation_auc,
@@ -190,9 +191,7 @@ def distill_ranker(
     with deterministic(config.seed, config.threads):
         teacher = load_encoder(parent, described).requires_grad_(False)
         require_teachable(teacher, layers=config.layers, width=config.width)
-        sample = validation.gather_every(
-            max(1, math.ceil(len(validation) / config.max_validation_impressions))
-        )
+        sample = evenly_drawn(validation, config.max_validation_impressions)
         parent_auc = _auc(teacher, tokenizer, parts, items, sample)
 
         lesson = _prepare(teacher, tokenizer, parts, items, train, config.seed)

@@ -7,7 +7,6 @@ worth it stays whole. A short training then pulls the vectors back to the parent
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from recflow.compression.config import LowRankConfig
-from recflow.compression.recovery import encode_all, mean_cosine, recover, validation_auc
+from recflow.compression.recovery import (
+    encode_all,
+    evenly_drawn,
+    mean_cosine,
+    recover,
+    validation_auc,
+)
 from recflow.compression.spectra import (
     Candidate,
     Moments,
@@ -148,9 +153,7 @@ def low_rank_ranker(
         after = mean_cosine(student, tokens, targets)
 
         save_ranker(output, student, tokenizer.path, parts)
-        sample = validation.gather_every(
-            max(1, math.ceil(len(validation) / config.max_validation_impressions))
-        )
+        sample = evenly_drawn(validation, config.max_validation_impressions)
         parent_auc, auc = (
             validation_auc(Ranker(TorchRuntime(encoder, None), tokenizer, parts), items, sample)
             for encoder in (teacher, student)

@@ -12,7 +12,6 @@ back to the parent's: it needs item texts only.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,13 @@ from recflow.compression.allocation import (
     share_for_latency,
 )
 from recflow.compression.config import PruningConfig
-from recflow.compression.recovery import encode_tokens, mean_cosine, recover, validation_auc
+from recflow.compression.recovery import (
+    encode_tokens,
+    evenly_drawn,
+    mean_cosine,
+    recover,
+    validation_auc,
+)
 from recflow.core.errors import ConfigError
 from recflow.core.seeding import make_rng
 from recflow.modeling.architectures import Bert, LayerShape
@@ -173,9 +178,7 @@ def prune_ranker(
         after = mean_cosine(student, tokens, targets)
 
         save_ranker(output, student, tokenizer.path, parts)
-        sample = validation.gather_every(
-            max(1, math.ceil(len(validation) / config.max_validation_impressions))
-        )
+        sample = evenly_drawn(validation, config.max_validation_impressions)
         parent_auc, auc = (
             validation_auc(Ranker(TorchRuntime(encoder, None), tokenizer, parts), items, sample)
             for encoder in (teacher, student)

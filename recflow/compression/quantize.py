@@ -7,7 +7,6 @@ vector, or whose vectors turn by more than the limits, is not written at all.
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 import time
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from recflow.compression import graphs
 from recflow.compression.config import QuantizationConfig
 from recflow.compression.export import check_padding, check_parity, export_encoder, parity_cases
-from recflow.compression.recovery import validation_auc
+from recflow.compression.recovery import evenly_drawn, validation_auc
 from recflow.core.errors import ArtifactError, ConfigError, ParityError
 from recflow.modeling.batching import items_in_use
 from recflow.modeling.encoder import (
@@ -162,9 +161,7 @@ def quantize_ranker(
         runtime={**execution, "precision": config.precision},
         encoder_parameters=count_parameters(encoder),
     )
-    some = validation.gather_every(
-        max(1, math.ceil(len(validation) / config.max_validation_impressions))
-    )
+    some = evenly_drawn(validation, config.max_validation_impressions)
     parent_auc, auc = (
         validation_auc(Ranker(executed, tokenizer, parts), items, some)
         for executed in (reference, runtime)

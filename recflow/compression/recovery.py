@@ -6,6 +6,7 @@ needs item texts only, no clicks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
@@ -136,6 +137,11 @@ def encode_all(encoder: TextEncoder, tokens: Sequence[list[int]]) -> Vectors:
 def mean_cosine(encoder: TextEncoder, tokens: Sequence[list[int]], targets: Vectors) -> float:
     """Mean cosine between the encoder's vectors and unit vectors ``[texts, dimension]``."""
     return float(np.einsum("ij,ij->i", encode_all(encoder, tokens), targets).mean())
+
+
+def evenly_drawn(impressions: pl.DataFrame, most: int) -> pl.DataFrame:
+    """Every impression, or every n-th one so that there are at most ``most``."""
+    return impressions.gather_every(max(1, math.ceil(len(impressions) / most)))
 
 
 def validation_auc(

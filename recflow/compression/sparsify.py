@@ -14,7 +14,6 @@ the vectors back to the parent's; zeros stay zero.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from recflow.compression.config import SparsificationConfig
-from recflow.compression.recovery import encode_all, mean_cosine, recover, validation_auc
+from recflow.compression.recovery import (
+    encode_all,
+    evenly_drawn,
+    mean_cosine,
+    recover,
+    validation_auc,
+)
 from recflow.compression.spectra import Moments, layer_matrices, measure_moments
 from recflow.core.seeding import make_rng
 from recflow.modeling.batching import items_in_use
@@ -148,9 +153,7 @@ def sparsify_ranker(
         after = mean_cosine(student, tokens, targets)
 
         save_ranker(output, student, tokenizer.path, parts)
-        sampled = validation.gather_every(
-            max(1, math.ceil(len(validation) / config.max_validation_impressions))
-        )
+        sampled = evenly_drawn(validation, config.max_validation_impressions)
         parent_auc, auc = (
             validation_auc(Ranker(TorchRuntime(encoder, None), tokenizer, parts), items, sampled)
             for encoder in (teacher, student)

@@ -8,7 +8,6 @@ their vectors move, is measured on texts that the trimming never saw.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from recflow.compression.config import TrimmingConfig
-from recflow.compression.recovery import encode_all, validation_auc
+from recflow.compression.recovery import encode_all, evenly_drawn, validation_auc
 from recflow.compression.tokenizer_file import TrimmableTokenizer
 from recflow.core.columns import Columns
 from recflow.core.errors import ArtifactError, ConfigError, ParityError
@@ -169,9 +168,7 @@ def trim_ranker(
     known = set(index.ids)
     shown = items_in_use(items, [validation], history_length)
     unseen = [t for i, t in zip(shown.ids, shown.texts, strict=True) if i not in known]
-    sample = validation.gather_every(
-        max(1, math.ceil(len(validation) / config.max_validation_impressions))
-    )
+    sample = evenly_drawn(validation, config.max_validation_impressions)
     with torch_threads(config.threads):
         measure = _RiskMeasure(encoder, tokenizer, source.unknown, config.max_texts)
         parent_auc, auc, estimated_auc = (

@@ -14,8 +14,8 @@ from typing import Final, cast
 import numpy as np
 
 from recflow.adapters.artifact_store import ArtifactStore
-from recflow.adapters.keys import COMPRESSED, TEST
-from recflow.adapters.models import build_variant, open_models
+from recflow.adapters.keys import COMPRESSED
+from recflow.adapters.models import build_variant, open_models, without_test
 from recflow.adapters.snapshots import Snapshot as StoredSnapshot
 from recflow.adapters.snapshots import load_snapshot
 from recflow.compression.budget import (
@@ -41,6 +41,7 @@ from recflow.evaluation.scoring import Predictions, Snapshot, predict
 from recflow.modeling.batching import items_in_use
 from recflow.modeling.encoder import WEIGHTS_NAME
 from recflow.modeling.layout import read_ranker_config
+from recflow.modeling.low_rank import token_table
 from recflow.modeling.ranker import count_parameters, load_encoder, load_parts, load_ranker
 from recflow.modeling.texts import TOKENIZER_NAME, TextTokenizer
 from recflow.modeling.tracking import NullTracker, Tracker
@@ -113,7 +114,7 @@ def build_compressed(
     data = load_snapshot(store, snapshot)
     root = open_models(store, snapshot, data, _ROOT_FAMILY)[ROOT]
     chains = candidates(space, _encoder_size(root.path, data))
-    parents = {k: v for k, v in data.artifacts.items() if k != TEST} | {root.manifest.key: root}
+    parents = {**without_test(data), root.manifest.key: root}
 
     def search(draft: Draft) -> None:
         started = time.monotonic()
@@ -310,7 +311,7 @@ def _encoder_size(root: Path, data: StoredSnapshot) -> EncoderSize:
     used = items_in_use(data.items, [data.splits.train], parts.user_model.shape.history_length)
     tokenizer = TextTokenizer(root / TOKENIZER_NAME, parts.max_tokens)
     occurring = np.unique(np.concatenate([np.array(ids) for ids in tokenizer(used.texts)]))
-    table = encoder.transformer.get_input_embeddings().weight.numel()  # type: ignore[operator]
+    table = token_table(encoder.transformer).weight.numel()
     layers = count_parameters(encoder.layers)
     return EncoderSize(
         layers=len(encoder.layers),

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import cast
 
 from recflow.adapters.artifact_store import ArtifactStore
-from recflow.adapters.keys import ITEM_VECTORS, TEST
-from recflow.adapters.models import open_models
+from recflow.adapters.keys import ITEM_VECTORS
+from recflow.adapters.models import open_models, without_test
 from recflow.adapters.snapshots import load_snapshot
 from recflow.compression.config import VectorStoreConfig
 from recflow.compression.family import ROOT, Family
 from recflow.compression.store_report import StoreMeasurementConfig, item_vectors_report
-from recflow.compression.vector_store import build_item_vectors, fit_codec
+from recflow.compression.vector_store import ItemVectors as StoredVectors
 from recflow.core.artifacts import Artifact, Draft, JsonValue
 from recflow.core.columns import Columns
 from recflow.core.errors import ConfigError
 from recflow.evaluation.report import ItemVectors
-from recflow.modeling.batching import items_in_use
 from recflow.modeling.ranker import load_ranker
 
 
@@ -56,29 +55,26 @@ def build_vector_stores(
     root = open_models(store, snapshot, data, family, [ROOT])[ROOT]
 
     def build(draft: Draft) -> None:
-        items, train = data.items, data.splits.train
         ranker = load_ranker(root.path, threads=stores[0].threads)
-        vectors = ranker.encode(items[Columns.TEXT].to_list())
-        history_length = ranker.parts.user_model.shape.history_length
-        ids = items[Columns.ITEM_ID]
-        of_train = ids.is_in(items_in_use(items, [train], history_length).ids).to_numpy()
-        for codec, config in by_codec.items():
-            folder = draft.path / codec
-            folder.mkdir()
-            fitted = fit_codec(vectors[of_train], config)
-            build_item_vectors(ids.to_list(), vectors, fitted).save(folder)
+
+        def keep(codec: str, built: StoredVectors) -> None:
+            if codec in by_codec:
+                (draft.path / codec).mkdir()
+                built.save(draft.path / codec)
+
         reports = item_vectors_report(
             ranker=ranker,
-            vectors=vectors,
-            items=items,
-            train=train,
+            vectors=ranker.encode(data.items[Columns.TEXT].to_list()),
+            items=data.items,
+            train=data.splits.train,
             validation=data.splits.validation,
             # The vectors as they are, beside them, show what is lost.
             stores={"float32": VectorStoreConfig(codec="float32"), **by_codec},
             config=StoreMeasurementConfig(seed=stores[0].seed),
+            on_store=keep,
         )
         draft.facts |= {
-            "items": len(ids),
+            "items": data.items.height,
             "stores": {
                 codec: cast("JsonValue", asdict(report)) for codec, report in reports.items()
             },
@@ -89,7 +85,7 @@ def build_vector_stores(
         snapshot,
         build,
         code_version=code_version,
-        parents={**{k: v for k, v in data.artifacts.items() if k != TEST}, root.manifest.key: root},
+        parents={**without_test(data), root.manifest.key: root},
         config={"stores": [cast("JsonValue", asdict(config)) for config in stores]},
         rebuild=rebuild,
     )

@@ -77,7 +77,7 @@ def build_fine_tuned(
         FINE_TUNED,
         snapshot,
         train,
-        parents={**_without_test(data), **(parents or {})},
+        parents={**without_test(data), **(parents or {})},
         config={**asdict(config), "base_model_sha256": weights_hash(base_model)},
         tracker=tracker,
         code_version=code_version,
@@ -134,7 +134,7 @@ def build_variant(
         family.key(name),
         snapshot,
         take_step,
-        parents={**_without_test(data), family.key(variant.parent): parent},
+        parents={**without_test(data), family.key(variant.parent): parent},
         config={"step": variant.step.name, **asdict(config)},
         tracker=tracker,
         code_version=code_version,
@@ -165,7 +165,7 @@ def open_models(
         ArtifactError: One is missing or altered, or was made from other splits or another parent
             than the stored ones.
     """
-    splits = _without_test(data)
+    splits = without_test(data)
     opened: dict[str, Artifact] = {}
 
     def opened_model(name: str) -> Artifact:
@@ -229,7 +229,7 @@ def _build(
     return artifact
 
 
-def _without_test(data: Snapshot) -> dict[str, Artifact]:
+def without_test(data: Snapshot) -> dict[str, Artifact]:
     """What a model may be made from: a model never depends on the test split."""
     return {key: artifact for key, artifact in data.artifacts.items() if key != TEST}
 

@@ -141,12 +141,7 @@ def low_rank_ranker(
             student,
             tokens,
             targets,
-            steps=config.recovery_steps,
-            batch_size=config.recovery_batch_size,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            gradient_clip=config.gradient_clip,
-            seed=config.seed,
+            config,
             tracker=tracker,
             learning=_learning(student),
         )

@@ -35,6 +35,7 @@ from recflow.compression.allocation import (
 )
 from recflow.compression.config import PruningConfig
 from recflow.compression.recovery import (
+    encode_all,
     encode_tokens,
     evenly_drawn,
     mean_cosine,
@@ -74,7 +75,6 @@ from recflow.modeling.texts import (
     TOKENIZER_NAME,
     TextTokenizer,
     Vectors,
-    encode_texts,
 )
 from recflow.modeling.tracking import Tracker
 
@@ -155,23 +155,18 @@ def prune_ranker(
         teacher = load_encoder(parent, described)
         prunable_layers(teacher)
         index = items_in_use(items, [train], parts.user_model.shape.history_length)
-        targets = encode_texts(TorchRuntime(teacher, None), tokenizer, index.texts)
+        tokens = tokenizer(index.texts)
+        targets = encode_all(teacher, tokens)
 
         student = load_encoder(parent, described)
         importance = measure_importance(student, tokenizer, parts, index, targets, train, config)
-        tokens = tokenizer(index.texts)
         student = pruned_copy(student, choose_kept(student, importance, tokens, config))
         before = mean_cosine(student, tokens, targets)
         recover(
             student,
             tokens,
             targets,
-            steps=config.recovery_steps,
-            batch_size=config.recovery_batch_size,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            gradient_clip=config.gradient_clip,
-            seed=config.seed,
+            config,
             tracker=tracker,
             learning=student.layers.parameters(),  # the embeddings were not touched
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import polars as pl
@@ -29,17 +29,46 @@ STEPS_BETWEEN_METRICS: Final = 10
 _WARMUP_SHARE: Final = 0.1
 
 
+class RecoveryKeys(Protocol):
+    """What the configurations of the steps that recover have in common."""
+
+    @property
+    def recovery_steps(self) -> int:
+        """Optimiser steps; 0 changes nothing."""
+        ...
+
+    @property
+    def recovery_batch_size(self) -> int:
+        """Texts a step."""
+        ...
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """AdamW's decoupled weight decay."""
+        ...
+
+    @property
+    def gradient_clip(self) -> float:
+        """Largest gradient norm."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the order of the texts."""
+        ...
+
+
 def recover(
     student: TextEncoder,
     tokens: Sequence[list[int]],
     targets: Vectors,
+    config: RecoveryKeys,
     *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    weight_decay: float,
-    gradient_clip: float,
-    seed: int,
     tracker: Tracker,
     learning: Iterable[nn.Parameter],
     after_step: Callable[[], None] = lambda: None,
@@ -52,12 +81,7 @@ def recover(
         student: The encoder to train, in evaluation mode: its targets know no dropout.
         tokens: Token ids of each text.
         targets: Unit vector that each text should have, ``[texts, dimension]``.
-        steps: Optimiser steps; 0 changes nothing.
-        batch_size: Texts a step.
-        learning_rate: Peak learning rate.
-        weight_decay: AdamW's decoupled weight decay.
-        gradient_clip: Largest gradient norm.
-        seed: Seed of the order of the texts.
+        config: How to train it.
         tracker: Told the mean distance, 1 - cosine, now and then.
         learning: The student's weights that learn; the others stay as they are.
         after_step: Called after every step, for what a step must not undo.
@@ -65,6 +89,7 @@ def recover(
     Raises:
         PermanentError: A loss or gradient is not a number.
     """
+    steps = config.recovery_steps
     if steps == 0:
         return
     student.requires_grad_(False)
@@ -72,15 +97,17 @@ def recover(
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimiser = Optimiser(
-        [ParameterGroup(parameters, learning_rate)],
+        [ParameterGroup(parameters, config.learning_rate)],
         steps=steps,
         warmup_share=_WARMUP_SHARE,
-        weight_decay=weight_decay,
-        gradient_clip=gradient_clip,
+        weight_decay=config.weight_decay,
+        gradient_clip=config.gradient_clip,
     )
     progress = Progress("recovering", steps, "steps")
     wanted = torch.from_numpy(targets)
-    batches = text_batches(tokens, steps=steps, batch_size=batch_size, seed=seed)
+    batches = text_batches(
+        tokens, steps=steps, batch_size=config.recovery_batch_size, seed=config.seed
+    )
     for step, texts in enumerate(batches, start=1):
         vectors = encode_tokens(student, [tokens[text] for text in texts])
         distance = 1 - (vectors * wanted[texts]).sum(-1).mean()

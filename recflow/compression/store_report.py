@@ -95,6 +95,7 @@ def item_vectors_report(
     validation: pl.DataFrame,
     stores: Mapping[str, VectorStoreConfig],
     config: StoreMeasurementConfig,
+    on_store: Callable[[str, ItemVectors], None] = lambda _, __: None,
 ) -> dict[str, StoreReport]:
     """Compare ways of storing the vectors of a catalogue.
 
@@ -109,6 +110,7 @@ def item_vectors_report(
         validation: Validation impressions, for the queries and the accuracy.
         stores: Configurations to compare, by name.
         config: How carefully to measure.
+        on_store: Given each store by its name, once it is built, to keep it.
 
     Returns:
         One report a store, by its name.
@@ -132,6 +134,7 @@ def item_vectors_report(
         codec = fit_codec(vectors[of_train], store)
         seconds[name] = time.perf_counter() - started
         built[name] = build_item_vectors(ids.to_list(), vectors, codec)
+        on_store(name, built[name])
     exact = build_item_vectors(
         ids.to_list(), vectors, fit_codec(vectors, VectorStoreConfig(codec="float32"))
     )

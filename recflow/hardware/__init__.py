@@ -1,0 +1,1 @@
+"""What training and serving a text recommender takes of which device, before it is run."""

@@ -1,0 +1,105 @@
+"""Bytes that a transformer layer keeps for its backward pass, tensor by tensor.
+
+The counts name what PyTorch saves in Hugging Face's layers with fused attention (Dao et al. 2022,
+https://arxiv.org/abs/2205.14135: no matrix of attention weights is kept). Korthikanti et al. 2022
+(https://arxiv.org/abs/2205.05198, section 4.1) count a layer of GPT in the same way; the layers here
+differ by precision (autocast keeps the residual stream in float32 and rounds the input of every
+matrix anew), by norms, gates, and by which weights learn. A test compares the counts with what
+autograd saves, for every family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from recflow.hardware.shape import EncoderShape
+
+_FLOAT: Final = 4
+_DECODERS: Final = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Bytes kept of one layer.
+
+    Attributes:
+        per_token: Bytes a token, paddings included.
+        per_pair: Bytes a pair of tokens of one text: attention weights, where they are kept.
+    """
+
+    per_token: float
+    per_pair: float = 0.0
+
+    def bytes(self, tokens: int, length: int) -> float:
+        """Bytes of ``tokens`` in texts of ``length``."""
+        return tokens * (self.per_token + self.per_pair * length)
+
+
+def layer_saves(shape: EncoderShape, half: bool, *, weights_learn: bool = True) -> Saved:
+    """What one layer keeps, where its input wants a gradient.
+
+    Args:
+        shape: Sizes of the encoder.
+        half: Whether matrices are multiplied in bfloat16 under autocast.
+        weights_learn: Whether the matrices' inputs are needed, for the gradient of their weights or
+            of the low-rank matrices beside them; else gradients only pass through.
+    """
+    if shape.model_type == "modernbert":
+        return _modernbert(shape, half, weights_learn)
+    if shape.model_type in _DECODERS:
+        return _decoder(shape, half, weights_learn)
+    return _bert(shape, half, weights_learn)
+
+
+def adapter_saves(width: int, bottleneck: int, half: bool) -> float:
+    """What a bottleneck adapter keeps of a token: input and output of its norm, both of GELU."""
+    size = 2 if half else _FLOAT
+    return _FLOAT * width + size * width + 2 * size * bottleneck
+
+
+def _bert(shape: EncoderShape, half: bool, learn: bool) -> Saved:
+    """Post-norm: attention, add, norm, feed-forward, add, norm."""
+    w, a, c = shape.width, shape.attention_width, shape.channels
+    size = 2 if half else _FLOAT
+    kept = size * 4 * a  # queries, keys, values, and what attention makes of them
+    kept += _FLOAT * 2 * w  # the sums that the two norms take
+    kept += size * c  # input of GELU
+    if learn:
+        # Autocast rounds the input of each of the three matrices anew; in float32 it is one tensor.
+        kept += size * 3 * w if half else _FLOAT * w
+        kept += size * (w + c)  # inputs of the two feed-forward matrices
+    # MPNet's attention is not fused: its weights are kept, in float32 and rounded.
+    pairs = shape.heads * (_FLOAT + (2 if half else 0)) if shape.model_type == "mpnet" else 0.0
+    if pairs and not half:
+        pairs = shape.heads * _FLOAT
+    return Saved(kept, pairs)
+
+
+def _modernbert(shape: EncoderShape, half: bool, learn: bool) -> Saved:
+    """Pre-norm with rotated queries and keys and a gated feed-forward part."""
+    w, a, c = shape.width, shape.attention_width, shape.channels
+    size = 2 if half else _FLOAT
+    kept = size * 3 * a  # values lie in one tensor with the queries and keys before rotation
+    kept += size * 2 * a + size * a  # rotated queries and keys; what attention makes of them
+    kept += _FLOAT * 2 * w  # inputs of the two norms
+    kept += size * 3 * c  # both halves of the first matrix' output, and GELU's output
+    if learn:
+        kept += size * (2 * w + c)
+    return Saved(kept)
+
+
+def _decoder(shape: EncoderShape, half: bool, learn: bool) -> Saved:
+    """Pre-norm with RMS norms, grouped queries, rotated queries and keys, a gated part."""
+    w, a, k, c = shape.width, shape.attention_width, shape.key_value_width, shape.channels
+    size = 2 if half else _FLOAT
+    kept = size * 4 * a  # queries, keys and values repeated for all heads, what attention makes
+    kept += _FLOAT * 2 * w  # inputs of the two norms
+    kept += size * 3 * c  # both factors of the product, and the gate before its activation
+    if shape.model_type == "qwen3":
+        kept += (_FLOAT + size) * (a + k)  # norms of queries and keys
+    if learn:
+        kept += _FLOAT * 2 * w  # what the norms' scales multiply
+        kept += size * 5 * w if half else _FLOAT * 2 * w  # inputs of q, k, v, gate, up
+        kept += size * c  # input of down
+    return Saved(kept)

@@ -1,0 +1,112 @@
+"""How much of a device's promise recflow's own steps reach, and what its processes hold anyway.
+
+A roofline needs rates that a program reaches, not those of the data sheet. :mod:`recflow.hardware.
+probe` measures them on a machine and writes them to a file; for devices that were never measured,
+the catalogue's rates count with the share that others published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from recflow.core.artifacts import write_text_atomically
+from recflow.core.errors import ConfigError
+from recflow.hardware.device import Device
+
+_LAYOUT: Final = 1
+_MEBIBYTE: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Factors of one kind of device.
+
+    Attributes:
+        device: Name of the device, or of the machine that was measured.
+        is_measured: Whether the factors were fitted to runs on such a device.
+        matrix_share: Share of the matrix rate that an encoder's matrices reach, by precision.
+        bandwidth_share: Share of the bandwidth that element-wise work reaches.
+        operator_seconds: Seconds every operator takes beside its work: dispatch, launch.
+        start_seconds: Seconds until a training process has imported and loaded everything.
+        context_bytes: Memory of a training process before it reads anything: interpreter,
+            libraries.
+        device_context_bytes: Memory that a GPU's driver and libraries hold.
+        allocator: What allocators hold for a byte that is used, at least 1.
+        source: Where the factors are from.
+    """
+
+    device: str
+    is_measured: bool
+    matrix_share: Mapping[str, float]
+    bandwidth_share: float
+    operator_seconds: float
+    start_seconds: float
+    context_bytes: int
+    device_context_bytes: int
+    allocator: float
+    source: str
+
+    def share(self, precision: str) -> float:
+        """Share of the matrix rate that is reached in a precision."""
+        return self.matrix_share.get(precision, min(self.matrix_share.values()))
+
+
+def default_calibration(device: Device) -> Calibration:
+    """Factors of a kind of device where none were measured on the very machine."""
+    if device.is_gpu:
+        return replace(_PUBLISHED_GPU, device=device.name)
+    return replace(_MEASURED_CPU, device=device.name)
+
+
+def save_calibration(calibration: Calibration, file: Path) -> None:
+    """Write the factors as JSON; the file appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {"layout": _LAYOUT, **asdict(calibration)}
+    write_text_atomically(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def load_calibration(file: Path) -> Calibration:
+    """Read the factors of a machine.
+
+    Raises:
+        ConfigError: The file is not one of :func:`save_calibration`.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.pop("layout") != _LAYOUT:
+            raise ValueError("another layout")
+        return Calibration(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file} holds no calibration ({error}); `recflow probe` writes it anew"
+        ) from error
+
+
+_MEASURED_CPU: Final = Calibration(
+    device="cpu",
+    is_measured=True,
+    matrix_share={"fp32": 0.7, "bf16": 0.45},
+    bandwidth_share=0.6,
+    operator_seconds=12e-6,
+    start_seconds=15.0,
+    context_bytes=520 * _MEBIBYTE,
+    device_context_bytes=0,
+    allocator=1.1,
+    source="to be fitted",
+)
+_PUBLISHED_GPU: Final = Calibration(
+    device="gpu",
+    is_measured=False,
+    matrix_share={"fp32": 0.6, "tf32": 0.45, "bf16": 0.35},
+    bandwidth_share=0.7,
+    operator_seconds=10e-6,
+    start_seconds=30.0,
+    context_bytes=900 * _MEBIBYTE,
+    device_context_bytes=600 * _MEBIBYTE,
+    allocator=1.15,
+    source="to be cited",
+)

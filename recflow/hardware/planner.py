@@ -1,0 +1,433 @@
+"""What a training takes: memory by part, operations, time and money, before it is run.
+
+The planner models the recommender's own step, not a language model's: a step encodes the *distinct*
+items of its batch, at most ``max_texts_per_step`` of them, in buckets of similar length, from hidden
+states that are kept on disk; it does not encode batch x (history + candidates) texts.
+
+Sources of the formulas:
+
+* Memory of weights, gradients and AdamW's two moments, 4 bytes each for what learns: Rajbhandari et
+  al. 2020, ZeRO, section 3.1 (https://arxiv.org/abs/1910.02054); spread over ``n`` devices it is an
+  ``n``-th (their stage 3, PyTorch's FSDP). Low-rank matrices: Hu et al. 2021
+  (https://arxiv.org/abs/2106.09685).
+* Activations: :mod:`recflow.hardware.activations`. Recomputing them keeps a layer's input alone:
+  Chen et al. 2016 (https://arxiv.org/abs/1604.06174).
+* Operations: 2 for each weight of a matrix and token forwards, 2 for the gradient of the input, 2 for
+  that of the weight: Kaplan et al. 2020, section 2.1 (https://arxiv.org/abs/2001.08361); attention's
+  products: Hoffmann et al. 2022, appendix F (https://arxiv.org/abs/2203.15556).
+* Time: the roofline of Williams et al. 2009 (https://doi.org/10.1145/1498765.1498785): the larger of
+  operations over matrix rate and bytes over bandwidth, each at the share of the device's rate that
+  was measured (:mod:`recflow.hardware.calibration`).
+* Distinct items of a batch: expected number of different ones among independent draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from recflow.core.errors import ConfigError
+from recflow.hardware.activations import adapter_saves, layer_saves
+from recflow.hardware.calibration import Calibration, default_calibration
+from recflow.hardware.device import Device, Precision
+from recflow.hardware.plan import Memory, Stage, TrainingPlan
+from recflow.hardware.shape import EncoderShape
+from recflow.hardware.workload import TrainingWorkload
+from recflow.modeling.config import TrainingConfig
+
+_FLOAT: Final = 4
+_HALF: Final = 2
+_BUCKET: Final = 64  # texts encoded together: recflow.modeling.texts.BUCKET_SIZE
+_SEGMENT_BYTES: Final = 64 * 1024**2  # of hidden states, serialised with two copies beside
+_HEAD_WIDTH: Final = 32  # hidden width of the user model's small networks
+_CATEGORY_WIDTH: Final = 16
+
+
+def plan_training(
+    shape: EncoderShape,
+    config: TrainingConfig,
+    workload: TrainingWorkload,
+    device: Device,
+    calibration: Calibration | None = None,
+) -> TrainingPlan:
+    """Plan one training.
+
+    Args:
+        shape: Sizes of the encoder.
+        config: How it is trained.
+        workload: What it reads.
+        device: Where it runs; with ``config.distribution.processes`` above 1, on as many of them
+            (on a CPU, all processes share the one machine).
+        calibration: What such a device reaches; ``None`` for what the catalogue's class reaches.
+
+    Raises:
+        ConfigError: The configuration does not fit the encoder or the device.
+    """
+    return _Training(
+        shape, config, workload, device, calibration or default_calibration(device)
+    ).plan()
+
+
+class _Training:
+    """The numbers of one plan."""
+
+    def __init__(
+        self,
+        shape: EncoderShape,
+        config: TrainingConfig,
+        workload: TrainingWorkload,
+        device: Device,
+        calibration: Calibration,
+    ) -> None:
+        tuning = config.tuning
+        if tuning.strategy not in ("frozen", "full") and tuning.tuned_layers > shape.layers:
+            raise ConfigError.of(
+                "tuned_layers", tuning.tuned_layers, f"1 to {shape.layers}, the encoder's layers"
+            )
+        if config.speed.precision == "bf16" and not device.supports("bf16"):
+            raise ConfigError.of("precision", "bf16", f"auto or fp32 on {device.name}")
+        self.shape, self.config, self.workload = shape, config, workload
+        self.device, self.calibration = device, calibration
+        self.half = config.speed.precision != "fp32" and device.supports("bf16")
+        self.precision: Precision = "bf16" if self.half else "fp32"
+        self.size = _HALF if self.half else _FLOAT
+        self.lengths = workload.lengths.cut(config.max_tokens)
+        self.strategy = tuning.strategy
+        self.learning_layers = (
+            0 if tuning.strategy == "frozen"
+            else shape.layers if tuning.strategy == "full"
+            else tuning.tuned_layers
+        )  # fmt: skip
+        self.constant_layers = shape.layers - self.learning_layers
+        self.keeps_states = config.speed.cache_hidden_states and self.constant_layers > 0
+        self.processes = config.distribution.processes
+        self.micro = max(1, config.speed.micro_batches)
+        self.learns = self.learning_layers > 0 and config.schedule.encoder_epochs > 0
+
+    # ------------------------------------------------------------------ weights
+
+    @property
+    def learning_parameters(self) -> int:
+        """Weights of the encoder that learn."""
+        shape, tuning, layers = self.shape, self.config.tuning, self.learning_layers
+        w, a, k, c = shape.width, shape.attention_width, shape.key_value_width, shape.channels
+        pooling = w if self.config.pooling == "attention" else 0
+        match self.strategy:
+            case "frozen":
+                return 0
+            case "full":
+                return shape.parameters + pooling
+            case "top_k_layers":
+                return round(layers * shape.layer_parameters) + shape.top_parameters + pooling
+            case "adapters":
+                bottleneck = tuning.adapter_width
+                return layers * (2 * w * bottleneck + bottleneck + 3 * w) + pooling
+            case _:
+                ends = self._matrix_ends(w, a, k, c)
+                rank = tuning.initial_rank if self.strategy == "adalora" else tuning.rank
+                extra = rank * len(ends) if self.strategy == "adalora" else 0
+                return layers * (rank * sum(ends) + extra) + pooling
+
+    def _matrix_ends(self, w: int, a: int, k: int, c: int) -> list[int]:
+        """Inputs plus outputs of each matrix of a layer."""
+        if self.shape.model_type == "modernbert":
+            return [w + 3 * a, a + w, w + 2 * c, c + w]
+        ends = [w + a, w + k, w + k, a + w, w + c, c + w]
+        return [*ends, w + c] if self.shape.gated else ends
+
+    @property
+    def added_parameters(self) -> int:
+        """Weights that the strategy adds to the encoder."""
+        return self.learning_parameters if self.strategy in ("lora", "adalora", "adapters") else 0
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the user model, about."""
+        user, width = self.config.user_model, self.shape.width
+        count = width * width + width * _HEAD_WIDTH + 4 * _HEAD_WIDTH
+        if user.categories:
+            count += (self.workload.categories + 1) * (_CATEGORY_WIDTH + 1)
+        if user.kind == "multi_head":
+            count += 4 * (width + _CATEGORY_WIDTH) ** 2
+        if user.item_ids:
+            count += self.workload.items * (user.id_dimension + 1) + width * user.id_dimension
+        if user.user_ids:
+            count += self.workload.users * (user.id_dimension + 1)
+        return count
+
+    # ------------------------------------------------------------------ a step
+
+    @property
+    def clicks_per_step(self) -> int:
+        """Click samples of a step of the encoder's phase."""
+        return min(self.config.schedule.encoder_batch_size, max(1, self.workload.clicks))
+
+    @property
+    def candidates_per_click(self) -> float:
+        """Candidates that a click is compared with, itself included."""
+        sampled = self.config.objective.loss in ("cross_entropy", "binary_cross_entropy")
+        return 1 + (min(self.config.objective.negatives, self.workload.slate - 1) if sampled else 0)
+
+    @property
+    def items_per_part(self) -> float:
+        """Items that one micro-batch indexes: distinct ones, or every occurrence."""
+        clicks = self.clicks_per_step / self.micro
+        history = min(self.workload.history, self.config.user_model.history_length)
+        draws = clicks * (history + self.candidates_per_click)
+        if not self.config.speed.distinct_items:
+            return draws
+        return min(draws, self.workload.popularity.distinct(draws))
+
+    @property
+    def texts_per_part(self) -> int:
+        """Texts that one process encodes with gradient in one micro-batch."""
+        texts, limit = self.items_per_part, self.config.speed.max_texts_per_step
+        if limit:
+            texts = min(texts, math.ceil(limit / self.micro))
+        return max(1, math.ceil(texts / self.processes))
+
+    def buckets(self, texts: int) -> list[tuple[int, int]]:
+        """Texts and padded length of each batch."""
+        speed = self.config.speed
+        return self.lengths.batches(
+            texts,
+            _BUCKET,
+            buckets=speed.length_buckets,
+            padded_to=None if speed.dynamic_padding else self.config.max_tokens,
+        )
+
+    def activations(self) -> dict[str, float]:
+        """Bytes kept for the backward pass of one micro-batch, and what is used on the way."""
+        shape, width = self.shape, self.shape.width
+        buckets = self.buckets(self.texts_per_part)
+        tokens = sum(texts * length for texts, length in buckets)
+        largest = max(texts * length for texts, length in buckets)
+        weights_learn = self.strategy != "adapters"
+        saved = layer_saves(shape, self.half, weights_learn=weights_learn)
+        one_layer = sum(saved.bytes(texts * length, length) for texts, length in buckets)
+        layers = self.learning_layers
+        added = 0.0
+        if self.strategy == "adapters":
+            added = (
+                tokens * layers * adapter_saves(width, self.config.tuning.adapter_width, self.half)
+            )
+            layers -= 1  # nothing below the first adapter wants a gradient
+        elif self.strategy in ("lora", "adalora"):
+            matrices = len(self._matrix_ends(width, width, width, width))
+            added = tokens * layers * (self.size * matrices * self.config.tuning.rank + 2 * width)
+        kept = one_layer * layers + added
+        if self.config.speed.gradient_checkpointing:
+            # A layer's input each, and all of one layer of one batch while it is recomputed.
+            kept = tokens * layers * _FLOAT * width
+            kept += max(saved.bytes(texts * length, length) for texts, length in buckets)
+        # Rounded copies of the matrices live as long as the graph: shared between batches where
+        # they learn, one a batch where they do not.
+        rounded = 0.0
+        if self.half:
+            copies = 1 if self.strategy in ("top_k_layers", "full") else len(buckets)
+            rounded = _HALF * self.learning_layers * shape.matrix_parameters * copies
+            if self.config.speed.gradient_checkpointing:
+                rounded = _HALF * shape.matrix_parameters
+        # Attention's working memory: scores of one batch, where they are not fused, and the
+        # feed-forward part of one batch.
+        working = largest * (max(shape.channels, 3 * shape.attention_width) * _FLOAT * 2)
+        return {
+            "activations": kept + tokens * width * _FLOAT,
+            "rounded weights": rounded,
+            "temporary": working,
+        }
+
+    def head_activations(self) -> float:
+        """Bytes that the user model keeps of one micro-batch."""
+        clicks = self.clicks_per_step / self.micro / self.processes
+        history = self.config.user_model.history_length
+        width = self.shape.width
+        # Gathered vectors of clicks and candidates, their similarities in a dozen summaries.
+        gathered = clicks * (history + self.candidates_per_click) * (width + _CATEGORY_WIDTH)
+        compared = clicks * history * self.candidates_per_click * 12
+        items = self.items_per_part * width * 4
+        return _FLOAT * (gathered + compared + items)
+
+    # ------------------------------------------------------------------ memory
+
+    def memory(self) -> Memory:
+        """Memory of one device in the largest moment."""
+        shape, config = self.shape, self.config
+        shards = self.processes if config.distribution.shard_encoder else 1
+        learning, head = self.learning_parameters, self.head_parameters
+        weights = _FLOAT * (shape.parameters + self.added_parameters) / shards
+        parts: dict[str, float] = {"weights": weights + _FLOAT * head}
+        if self.learns:
+            parts["gradients"] = _FLOAT * (learning / shards + head)
+            parts["optimiser states"] = 2 * _FLOAT * (learning / shards + head)
+        else:
+            parts["gradients"], parts["optimiser states"] = _FLOAT * head, 2 * _FLOAT * head
+        step = self.activations() if self.learns else {}
+        step["user model"] = self.head_activations()
+        parts |= {name: size * self.calibration.allocator for name, size in step.items()}
+        parts["item vectors"] = self.workload.items * shape.width * _FLOAT * 3
+        if self.device.is_gpu:
+            parts["context"] = float(self.calibration.device_context_bytes)
+            if self.learns:
+                # AdamW updates all weights at once, with one more copy of them.
+                parts["optimiser states"] += _FLOAT * (learning / shards + head)
+            return Memory(_rounded(parts))
+        return self._on_host(parts, processes=self.processes)
+
+    def host_memory(self) -> Memory:
+        """Memory of the machine around GPUs."""
+        parts: dict[str, float] = {"weights": _FLOAT * self.shape.parameters * 2.0}
+        return self._on_host(parts, processes=self.processes)
+
+    def _on_host(self, parts: Mapping[str, float], processes: int) -> Memory:
+        """Add what every process holds in the machine's memory."""
+        learning, head = self.learning_parameters, self.head_parameters
+        whole = dict(parts)
+        whole["best weights"] = _FLOAT * (learning + head)
+        whole["hidden states"] = self.cache_bytes
+        whole["tables"] = self.workload.table_bytes * 2.0
+        whole["context"] = float(self.calibration.context_bytes)
+        shared = {"hidden states"}
+        return Memory(
+            _rounded({k: v * (1 if k in shared else processes) for k, v in whole.items()})
+        )
+
+    @property
+    def cache_bytes(self) -> float:
+        """Hidden states of all texts, where they are kept."""
+        if not self.keeps_states:
+            return 0.0
+        return self.workload.items * self.lengths.mean * self.shape.width * self.size
+
+    # ------------------------------------------------------------------ time
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The work from start to end."""
+        workload, schedule = self.workload, self.config.schedule
+        items = workload.items
+        found = [Stage("start", 1, 0.0, 0.0, self.calibration.start_seconds)]
+        if self.keeps_states:
+            below = self._encode(items, self.constant_layers, backward=False, padded=False)
+            found.append(self._stage("hidden states", 1, below))
+        above = self.learning_layers if self.keeps_states else self.shape.layers
+        renew = self._encode(items, above, backward=False)
+        head_steps = math.ceil(workload.clicks / schedule.head_batch_size)
+        scored = self._score(workload.validation_impressions * workload.slate)
+        found.append(
+            self._stage(
+                "head", schedule.head_epochs * head_steps, self._user_step(schedule.head_batch_size)
+            )
+        )
+        epochs = float(schedule.head_epochs)
+        encodings = 1.0
+        if self.learns:
+            steps = math.ceil(workload.clicks / schedule.encoder_batch_size)
+            found.append(
+                self._stage("encoder", schedule.encoder_epochs * steps, self._encoder_step())
+            )
+            epochs += schedule.encoder_epochs
+            encodings += schedule.encoder_epochs
+        found.append(self._stage("encoding", encodings, renew))
+        found.append(self._stage("validation", epochs, scored))
+        return tuple(stage for stage in found if stage.repeats)
+
+    def _encode(self, texts: int, layers: int, *, backward: bool, padded: bool = True) -> _Work:
+        """Work of running texts through some layers."""
+        shape = self.shape
+        buckets = self.buckets(texts) if padded else [(texts, round(self.lengths.mean))]
+        work = _Work()
+        weights_learn = self.strategy in ("top_k_layers", "full")
+        for count, length in buckets:
+            tokens = count * length
+            matrices = 2.0 * shape.matrix_parameters * tokens
+            attention = 4.0 * length * shape.attention_width * tokens
+            passes = 1.0
+            if backward:
+                passes += 2.0 if weights_learn else 1.0
+                if self.config.speed.gradient_checkpointing:
+                    passes += 1.0
+            work.flops += layers * (matrices * passes + attention * (3.5 if backward else 1.0))
+            moved = layer_saves(shape, self.half).per_token * tokens
+            work.bytes += layers * moved * (4.0 if backward else 1.5)
+            work.operators += layers * (120 if backward else 35)
+        return work
+
+    def _encoder_step(self) -> _Work:
+        work = _Work()
+        for _ in range(self.micro):
+            work.add(self._encode(self.texts_per_part, self.learning_layers, backward=True))
+            if not self.keeps_states and self.constant_layers:
+                work.add(self._encode(self.texts_per_part, self.constant_layers, backward=False))
+        work.add(self._user_step(self.clicks_per_step))
+        # AdamW reads and writes weights, gradients and two moments, about ten passes.
+        work.bytes += 10 * _FLOAT * self.learning_parameters
+        return work
+
+    def _user_step(self, clicks: int) -> _Work:
+        history, width = self.config.user_model.history_length, self.shape.width
+        candidates = self.candidates_per_click
+        work = _Work()
+        items = self.items_per_part * clicks / self.clicks_per_step
+        work.flops = 6.0 * items * width * (width + _HEAD_WIDTH)
+        work.flops += 6.0 * clicks * history * candidates * width
+        gathered = clicks * (history + candidates) * width + clicks * history * candidates * 12
+        work.bytes = 6.0 * _FLOAT * (gathered + items * width * 4 + self.head_parameters * 3)
+        work.operators = 300
+        return work
+
+    def _score(self, pairs: float) -> _Work:
+        width, history = self.shape.width, self.config.user_model.history_length
+        work = _Work()
+        work.flops = 2.0 * pairs * history * width
+        work.bytes = _FLOAT * pairs * (history * 12 + width)
+        work.operators = 100
+        return work
+
+    def _stage(self, name: str, repeats: float, work: _Work) -> Stage:
+        device, factors = self.device, self.calibration
+        rate = device.teraflops[self.precision] * 1e12
+        bandwidth = device.bandwidth_gb_s * 1e9
+        limit = max(work.flops / rate, work.bytes / bandwidth)
+        seconds = work.flops / (rate * factors.share(self.precision))
+        seconds += work.bytes / (bandwidth * factors.bandwidth_share)
+        seconds += work.operators * factors.operator_seconds
+        return Stage(name, repeats, work.flops, limit, seconds)
+
+    def plan(self) -> TrainingPlan:
+        """Put everything together."""
+        memory = self.memory()
+        schedule = self.config.schedule
+        epochs = schedule.head_epochs + (schedule.encoder_epochs if self.learns else 0)
+        return TrainingPlan(
+            device=self.device,
+            devices=self.processes if self.device.is_gpu else 1,
+            precision=self.precision,
+            memory=memory,
+            host_memory=self.host_memory() if self.device.is_gpu else memory,
+            stages=self.stages(),
+            parameters=self.shape.parameters,
+            trainable_parameters=self.learning_parameters + self.head_parameters,
+            clicks=self.workload.clicks * epochs,
+            texts_per_step=float(self.texts_per_part * self.micro * self.processes),
+            is_calibrated=self.calibration.is_measured,
+        )
+
+
+@dataclass(slots=True)
+class _Work:
+    """Operations, bytes moved, and operators started."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    operators: float = 0.0
+
+    def add(self, other: _Work) -> None:
+        self.flops += other.flops
+        self.bytes += other.bytes
+        self.operators += other.operators
+
+
+def _rounded(parts: Mapping[str, float]) -> dict[str, int]:
+    return {name: math.ceil(size) for name, size in parts.items() if size > 0}

@@ -8,6 +8,7 @@
     │   ├── SourceError             the input logs are missing, truncated or in another format
     │   ├── ContractError           a table does not have the columns, types or values it promises
     │   ├── LeakageError            a row would see its own future
+    │   ├── HardwareError           no device, or not this one, has what a run takes
     │   └── ArtifactError           a stored artifact is missing, incomplete or altered
     │       └── ParityError         two implementations of one model disagree
     └── TransientError              a rerun may help: network, disk pressure, a busy service
@@ -46,6 +47,10 @@ class ContractError(PermanentError):
 
 class LeakageError(PermanentError):
     """An impression would be described or split with knowledge from its own future."""
+
+
+class HardwareError(PermanentError):
+    """A run takes more memory or time than the devices it may use have."""
 
 
 class ArtifactError(PermanentError):

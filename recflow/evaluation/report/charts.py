@@ -194,6 +194,46 @@ def cost(
     return _svg(salt, f"{label} over {unit} of each model", 3.9, draw)
 
 
+def prices(salt: str, label: str, unit: str, series: Mapping[str, Sequence[CostPoint]]) -> Markup:
+    """Accuracy over a price, which is drawn on a log scale, with a colour and a mark a device.
+
+    Args:
+        salt: Name of the chart.
+        label: What is accuracy.
+        unit: What is paid, in what, for what.
+        series: The models by the device they are priced on, all above 0. Of more devices than
+            :data:`MAX_LINES` those after the first share the last colour.
+    """
+    from matplotlib import ticker
+
+    looks = list(zip(_SERIES, _MARKERS, strict=True))
+    marks = {name: looks[min(n, len(looks) - 1)] for n, name in enumerate(series)}
+    points = [point for models in series.values() for point in models]
+
+    def draw(axes: Any) -> None:
+        for name, models in series.items():
+            color, marker = marks[name]
+            values = [model.point.value for model in models]
+            spread = [
+                [model.point.value - model.point.low for model in models],
+                [model.point.high - model.point.value for model in models],
+            ]
+            costs = [model.cost for model in models]
+            axes.errorbar(costs, values, yerr=spread, fmt="none", ecolor=color, alpha=0.35)
+            axes.scatter(costs, values, s=60, marker=marker, color=color, alpha=0.8, label=name)
+        axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
+        axes.set_xlabel(f"{unit} (log scale)")
+        axes.set_ylabel(label)
+        _number(axes, points, [60.0] * len(points))
+
+    return _svg(salt, f"{label} over {unit} of each model", 3.9, draw)
+
+
 def _number(axes: Any, points: Sequence[CostPoint], sizes: Sequence[float]) -> None:
     """Write each model's number beside its dot, where it covers the fewest other marks."""
     axes.figure.draw_without_rendering()  # only now is it known where a point will be

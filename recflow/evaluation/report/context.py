@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from recflow.core.cost import CostSection
 from recflow.evaluation.label_efficiency import LabelShare
 
 
@@ -65,6 +66,7 @@ class ReportContext:
         family: The models made from each other, parents before their children. Where it is left
             empty, it is made of the parents that the evaluation was told.
         item_vectors: Ways to store the item vectors; empty where that was not studied.
+        costs: Money, energy and limits on kinds of devices; ``None`` where nobody planned.
         links: Where to read on, URL by name, e.g. the MLflow run.
         versions: Library versions.
         parents: Digest by artifact that the report was made from.
@@ -82,6 +84,7 @@ class ReportContext:
     label_efficiency: Sequence[LabelShare] = ()
     family: Sequence[FamilyMember] = ()
     item_vectors: Sequence[ItemVectors] = ()
+    costs: CostSection | None = None
     links: Mapping[str, str] = field(default_factory=lambda: {})
     versions: Mapping[str, str] = field(default_factory=lambda: {})
     parents: Mapping[str, str] = field(default_factory=lambda: {})

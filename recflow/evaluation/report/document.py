@@ -14,6 +14,7 @@ from importlib import resources
 from typing import TypeAlias, cast
 
 from recflow.core.artifacts import JsonValue
+from recflow.core.cost import CostSection, ModelCost, PlannedAndMeasured, cheapest
 from recflow.core.errors import ConfigError
 from recflow.core.measurement import Latency, Measurement
 from recflow.evaluation.evaluator import (
@@ -35,6 +36,7 @@ SCHEMA_VERSION = 1
 Json: TypeAlias = dict[str, JsonValue]
 
 _DECIMALS = 6
+_FIGURES = 6  # significant: prices are far below a cent, energies far above a joule
 
 
 def report_json(
@@ -114,6 +116,7 @@ def document_of(
             }
             for codec in context.item_vectors
         ],
+        "costs": _costs(context.costs, [result.name for result in evaluation.scorers]),
         "provenance": {
             "command": context.command,
             "links": dict(context.links),
@@ -300,6 +303,67 @@ def _latency(latency: Latency) -> Json:
         "samples": latency.samples,
         "drift": _number(latency.drift),
     }
+
+
+def _costs(section: CostSection | None, scorers: Sequence[str]) -> JsonValue:
+    """The section on costs; each model must be a scorer, and each device be described."""
+    if section is None:
+        return None
+    devices = [device.name for device in section.devices]
+    named = [model.name for model in section.models]
+    for name in [*named, *(row.model for row in section.compared)]:
+        if name not in scorers:
+            raise ConfigError.of("costs of", name, f"one of the scorers {', '.join(scorers)}")
+    if len(set(named)) < len(named):
+        raise ConfigError("two costs have the same name; plan each model once")
+    for model in section.models:
+        for cost in (*model.serving, *model.training):
+            if cost.device not in devices:
+                raise ConfigError.of(
+                    f"device of {model.name}", cost.device, f"one of {', '.join(devices)}"
+                )
+    return {
+        "recommendation": section.recommendation,
+        "training_run": section.training_run,
+        "machine": section.machine,
+        "notes": list(section.notes),
+        "devices": [_figures(asdict(device)) for device in section.devices],
+        "models": [_model_cost(model) for model in section.models],
+        "compared": [_compared(row) for row in section.compared],
+    }
+
+
+def _model_cost(model: ModelCost) -> Json:
+    serving, training = cheapest(model.serving), cheapest(model.training)
+    return {
+        "name": model.name,
+        "note": model.note,
+        "measured_training_seconds": _figure(model.measured_seconds),
+        "measured_watt_hours_per_million": _figure(model.measured_watt_hours),
+        "energy_source": model.energy_source,
+        "cheapest_serving": serving.device if serving else None,
+        "cheapest_training": training.device if training else None,
+        "serving": [_figures(asdict(cost)) for cost in model.serving],
+        "training": [_figures(asdict(cost)) for cost in model.training],
+    }
+
+
+def _compared(row: PlannedAndMeasured) -> Json:
+    return _figures({**asdict(row), "error": row.error})
+
+
+def _figures(values: Mapping[str, object]) -> Json:
+    """The values with every number rounded to the same significant figures."""
+    return {
+        key: _figure(value) if isinstance(value, float) else cast("JsonValue", value)
+        for key, value in values.items()
+    }
+
+
+def _figure(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{_FIGURES}g}") + 0.0
 
 
 def _ratio(value: float, base: float) -> float | None:

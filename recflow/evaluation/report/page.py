@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -34,6 +36,9 @@ _RETRIEVAL_METRICS = (
     f"popularity_bias@{TOP_K}",
 )
 
+_DEVICE_COLUMNS = 4  # more would not be read on a phone; the rest is one click away
+_DURATIONS = {3_600.0: "h", 60.0: "min", 1.0: "s", 1e-3: "ms"}
+
 
 def report_html(
     evaluation: Evaluation, measurements: Sequence[Measurement], context: ReportContext
@@ -51,6 +56,7 @@ def report_html(
     document = cast("dict[str, Any]", document_of(evaluation, measurements, context))
     boards = [_BoardView(document, board) for board in BOARDS if evaluation.board(board)]
     groups = [_GroupView(document, group) for group in document["compression"]]
+    money = _MoneyView(document) if document["costs"] else None
     return (
         _environment()
         .get_template("page.html.j2")
@@ -58,11 +64,13 @@ def report_html(
             document=document,
             boards=boards,
             groups=groups,
+            money=money,
             tolerance=TOLERANCE,
             largest_loss=LARGEST_LOSS,
             headlines=[
                 *(_best(view) for view in boards),
                 *(line for group in groups if (line := _smallest(group))),
+                *([line] if money and (line := _cheapest(money)) else []),
             ],
             training=_training_charts(document["training"]),
             metric_infos=document["metrics"],
@@ -216,6 +224,102 @@ class _GroupView:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Priced:
+    """A model with its number and what it costs, device by device."""
+
+    number: int
+    scorer: Mapping[str, Any]
+    model: Mapping[str, Any]
+
+    def cost(self, run: str, device: str) -> Any:
+        """The cost of a run on a device, as in the JSON; ``None`` where nobody planned it."""
+        return next((cost for cost in self.model[run] if cost["device"] == device), None)
+
+    def cheapest(self, run: str) -> Any:
+        """The cost of a run on the cheapest device that can do it; ``None`` where none can."""
+        device = self.model[f"cheapest_{run}"]
+        return None if device is None else self.cost(run, device)
+
+
+class _MoneyView:
+    """What the template needs of money, energy and limits."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        section = document["costs"]
+        self.section: Mapping[str, Any] = section
+        self.primary: str = document["protocol"]["primary_metric"]
+        self.label = METRICS[self.primary].label
+        self.devices: dict[str, dict[str, Any]] = {d["name"]: d for d in section["devices"]}
+        scorers = {scorer["name"]: scorer for scorer in document["scorers"]}
+        models = {model["name"]: model for model in section["models"]}
+        # The numbers that the models have in the tables of their families.
+        members = [m["name"] for group in document["compression"] for m in group["members"]]
+        ordered = [name for name in members if name in models]
+        ordered += [name for name in models if name not in members]
+        self.rows = [
+            _Priced(number, scorers[name], models[name])
+            for number, name in enumerate(ordered, start=1)
+        ]
+        self.shown = {run: self._shown(run) for run in ("serving", "training")}
+        self.root = next((m["root"] for g in document["compression"] for m in g["members"]), None)
+        self.unplanned = [row for row in self.rows if row.model["note"]]
+        sources: set[str] = {row.model["energy_source"] for row in self.rows}
+        self.energy_sources = sorted(sources - {""})
+        self.assumed = [
+            device["label"]
+            for device in self.devices.values()
+            if not any(
+                cost["is_calibrated"]
+                for row in self.rows
+                for cost in (
+                    row.cost("serving", device["name"]),
+                    row.cost("training", device["name"]),
+                )
+                if cost
+            )
+        ]
+        self.chart = self._chart()
+
+    def _shown(self, run: str) -> list[str]:
+        """The devices that get a column: the cheapest ones, and one of each kind at least.
+
+        A device is as cheap as its median price over the models that fit.
+        """
+        wins = Counter(row.model[f"cheapest_{run}"] for row in self.rows)
+        medians: dict[str, float] = {}
+        for name in self.devices:
+            prices = sorted(
+                cost["usd"]
+                for row in self.rows
+                if (cost := row.cost(run, name)) and cost["fits"] and cost["usd"] is not None
+            )
+            if prices:
+                medians[name] = prices[len(prices) // 2]
+        ranked = sorted(medians, key=lambda name: (-wins[name], medians[name]))
+        shown = ranked[:_DEVICE_COLUMNS]
+        for kind in ("cpu", "gpu"):
+            if not any(self.devices[name]["kind"] == kind for name in shown):
+                shown += [n for n in ranked if self.devices[n]["kind"] == kind][:1]
+        return shown
+
+    def _chart(self) -> Markup | None:
+        """Each model on the device that serves it cheapest."""
+        series: dict[str, list[charts.CostPoint]] = {}
+        for row in self.rows:
+            cost = row.cheapest("serving")
+            if cost and cost["usd"]:  # a price of nothing has no place on a log scale
+                point = _point(row.scorer, self.primary, strong=True)
+                label = self.devices[cost["device"]]["label"]
+                series.setdefault(label, []).append(
+                    charts.CostPoint(row.number, point, cost["usd"])
+                )
+        if not series:
+            return None
+        unit = "USD per million recommendations"
+        return charts.prices(f"money {self.label}", self.label, unit, series)
+
+
 def _median_of_one(cost: Mapping[str, Any]) -> float | None:
     return next((x["p50_ms"] for x in cost["latencies"] if x["batch_size"] == 1), None)
 
@@ -257,6 +361,19 @@ def _smallest(group: _GroupView) -> _Headline | None:
     )
 
 
+def _cheapest(money: _MoneyView) -> _Headline | None:
+    """What the root's recommendations cost where they are cheapest, and the least of all models."""
+    priced = [(row, cost) for row in money.rows if (cost := row.cheapest("serving"))]
+    if not priced:
+        return None
+    row, cost = next((p for p in priced if p[0].model["name"] == money.root), priced[0])
+    least, least_cost = min(priced, key=lambda p: p[1]["usd"])
+    note = f"{row.model['name']} on {money.devices[cost['device']]['label']}"
+    if least is not row:
+        note += f"; {_money(least_cost['usd'])} for {least.model['name']}"
+    return _Headline("a million recommendations, planned", _money(cost["usd"]), note)
+
+
 def _training_charts(training: Mapping[str, Sequence[Mapping[str, float | None]]]) -> list[Any]:
     """For each model its name and a chart a series, in the order the series appear."""
     views: list[Any] = []
@@ -296,6 +413,13 @@ def _environment() -> Environment:
         "thousands": _thousands,
         "change": _change,
         "verdict": _verdict,
+        "money": _money,
+        "watt_hours": _watt_hours,
+        "duration": _duration,
+        "size": _size,
+        "rate": _rate,
+        "quantity": _quantity,
+        "percent": _percent,
         "is_web_link": _is_web_link,
     }
     cast("dict[str, Callable[..., str | bool]]", environment.filters).update(filters)  # pyright: ignore[reportUnknownMemberType]
@@ -348,6 +472,57 @@ def _thousands(count: int) -> str:
 
 def _change(share: float | None) -> str:
     return "–" if share is None else f"{share:+.2%}".replace("-", "−")
+
+
+def _digits(value: float, digits: int = 3) -> str:
+    """So many significant digits, without an exponent; none behind the point are lost before it."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(decimals, 9)}f}"
+
+
+def _money(usd: float | None) -> str:
+    if usd is None:
+        return "–"
+    return f"${usd:,.2f}" if usd >= 1 else f"${_digits(usd, 2)}"
+
+
+def _watt_hours(energy: float | None) -> str:
+    if energy is None:
+        return "–"
+    return f"{_digits(energy / 1e3)} kWh" if energy >= 1e3 else f"{_digits(energy)} Wh"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    for size, unit in ((7_200.0, 3_600.0), (180.0, 60.0), (1.0, 1.0), (1e-3, 1e-3)):
+        if seconds >= size:
+            return f"{_digits(seconds / unit)} {_DURATIONS[unit]}"
+    return f"{_digits(seconds * 1e6)} µs"
+
+
+def _size(count: float | None) -> str:
+    if count is None:
+        return "–"
+    return f"{_digits(count / 1e9)} GB" if count >= 1e9 else f"{_digits(count / 1e6)} MB"
+
+
+def _rate(per_second: float | None) -> str:
+    return "–" if per_second is None else _digits(per_second)
+
+
+def _quantity(value: float | None, unit: str) -> str:
+    """A number with its unit as people write it."""
+    if value is None:
+        return "–"
+    written = {"bytes": _size, "seconds": _duration}.get(unit)
+    return written(value) if written else f"{_digits(value)} {unit}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:+.0%}".replace("-", "−")
 
 
 def _is_web_link(url: str) -> bool:

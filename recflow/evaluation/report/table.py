@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recflow.core.cost import CostSection, cheapest
 from recflow.core.measurement import Measurement
 from recflow.evaluation.evaluator import BOARDS, Board, Estimate, Evaluation, ScorerResult
 from recflow.evaluation.label_efficiency import METRICS as LABEL_METRICS
@@ -45,6 +46,8 @@ def result_table(
     ]
     if context.label_efficiency:
         tables.append(_label_efficiency_table(context.label_efficiency))
+    if context.costs is not None and context.costs.models:
+        tables.append(_money_table(context.costs))
     return "\n\n".join([heading, *tables])
 
 
@@ -103,6 +106,35 @@ def _label_efficiency_table(rows: Sequence[LabelShare]) -> str:
                 _with_interval(row.adapted[name], ".4f"),
                 _with_interval(row.difference[name], "+.4f"),
             ]
+        lines.append(line)
+    return _aligned(lines)
+
+
+def _money_table(section: CostSection) -> str:
+    """A row a model: where it is served cheapest, what making it costs, and its memory."""
+    header = ["planned", "cheapest serving", "USD/M recs", "Wh/M recs, at most"]
+    header += ["USD training", "memory predicted", "measured"]
+    lines = [header]
+    for model in section.models:
+        serving, training = cheapest(model.serving), cheapest(model.training)
+        memory = next(
+            (
+                row
+                for row in section.compared
+                if (row.model, row.run, row.unit) == (model.name, "inference", "bytes")
+            ),
+            None,
+        )
+        line = [model.name]
+        line += (
+            [serving.device, f"{serving.usd:.3g}", f"{serving.watt_hours:.3g}"]
+            if serving
+            else [_NONE] * 3
+        )
+        line.append(f"{training.usd:.3g}" if training else _NONE)
+        predicted = memory.predicted if memory else None
+        line.append(_NONE if predicted is None else f"{predicted / 1e6:,.0f} MB")
+        line.append(_NONE if memory is None else f"{memory.measured / 1e6:,.0f} MB")
         lines.append(line)
     return _aligned(lines)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from recflow.hardware.device import GIB, Device
@@ -91,7 +91,12 @@ class TrainingPlan:
     def fits(self) -> bool:
         """Whether both memories suffice."""
         device = self.memory.fits(self.device.memory_bytes)
-        return device and self.host_memory.fits(self.device.host_memory_bytes)
+        return device and self.host_memory.fits(self.host_memory_bytes)
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """Memory of the machine: around each GPU what the catalogue says for one."""
+        return self.device.host_memory_bytes * self.devices
 
     @property
     def seconds(self) -> float:
@@ -252,12 +257,14 @@ class Advice:
         memory: What it would take then.
         fits: Whether that fits.
         device: On what.
+        values: The same as values of the training's configuration, by dotted key.
     """
 
     change: str
     memory: int
     fits: bool
     device: str
+    values: Mapping[str, Any] = field(default_factory=lambda: {})
 
 
 def gib(size: float) -> str:

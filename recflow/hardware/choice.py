@@ -124,8 +124,8 @@ def _levers(shape: EncoderShape, config: TrainingConfig, device: Device) -> Iter
     """What could be changed, from the most harmless to the most far-reaching.
 
     The order: what gives the same model (parts of a batch, recomputing, keeping hidden states or
-    not, sharding), hardly another one (bf16, fewer texts a step, smaller batches), another one (low
-    rank, fewer layers).
+    not), hardly another one (bf16, fewer texts a step, smaller batches), another one (low
+    rank, fewer layers), the same one on more devices.
     """
     speed, schedule, tuning = config.speed, config.schedule, config.tuning
     parts = _doubled(speed.micro_batches, _MOST_PARTS)
@@ -153,17 +153,20 @@ def _levers(shape: EncoderShape, config: TrainingConfig, device: Device) -> Iter
     if tuning.strategy not in ("frozen", "full"):
         fewer = _halved(tuning.tuned_layers, 1)
         yield _Lever(tuple({"tuning.tuned_layers": count} for count in fewer))
-    if tuning.strategy != "adalora" and config.distribution.synchronisation == "every_step":
-        more = (count for count in _PROCESSES if count > config.distribution.processes)
-        sharded = [max(config.distribution.processes, 2), *more]
-        if config.distribution.shard_encoder:
-            sharded = sharded[1:]
-        yield _Lever(
-            tuple(
-                {"distribution.shard_encoder": True, "distribution.processes": count}
-                for count in dict.fromkeys(sharded)
-            )
-        )
+    yield _Lever(tuple(_spread(config)))
+
+
+def _spread(config: TrainingConfig) -> Iterator[dict[str, Any]]:
+    """More processes, each with a part of the batch, and then with a part of the encoder too."""
+    spread = config.distribution
+    shards = config.tuning.strategy != "adalora" and spread.synchronisation == "every_step"
+    if shards and spread.processes > 1 and not spread.shard_encoder:
+        yield {"distribution.shard_encoder": True}
+    for count in _PROCESSES:
+        if count > spread.processes:
+            yield {"distribution.processes": count}
+            if shards and not spread.shard_encoder:
+                yield {"distribution.processes": count, "distribution.shard_encoder": True}
 
 
 class _Planned:

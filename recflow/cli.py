@@ -1,7 +1,8 @@
-"""The ``recflow`` command: fetch or simulate logs, run the demonstration, open the web UI."""
+"""The ``recflow`` command: plan, fetch or simulate logs, run the demonstration, open the web UI."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from datetime import datetime
@@ -78,6 +79,108 @@ def report(data: Data = "movielens") -> None:
     artifact = ArtifactStore(settings.store_dir).get(REPORT, str(settings.last_day))
     print(artifact.file("table.txt").read_text(encoding="utf-8"))
     print(f"Report: {artifact.file('report.html').absolute()}")
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Folder or config.json of an encoder, its name in the local Hugging Face cache, "
+            "or a preset, e.g. bert-base-uncased."
+        ),
+    ],
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="frozen, top_k_layers, full, lora, adalora or adapters."),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Clicks a step.")] = None,
+    tuned_layers: Annotated[int | None, typer.Option(help="Last layers that learn.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of LoRA.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
+    history: Annotated[int | None, typer.Option(help="Clicks of a user that are used.")] = None,
+    negatives: Annotated[int | None, typer.Option(help="Non-clicks beside a click.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Mean length of a text in tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest text in tokens.")] = None,
+    items: Annotated[int | None, typer.Option(help="Items whose texts are in use.")] = None,
+    clicks: Annotated[int | None, typer.Option(help="Clicks of an epoch.")] = None,
+    texts_per_step: Annotated[
+        int | None, typer.Option(help="Most texts encoded with gradient in a step; 0 for all.")
+    ] = None,
+    micro_batches: Annotated[int | None, typer.Option(help="Parts of a batch.")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute activations.")
+    ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Keep no hidden states of constant layers.")
+    ] = False,
+    no_distinct: Annotated[
+        bool, typer.Option("--no-distinct", help="Encode every occurrence of an item.")
+    ] = False,
+    processes: Annotated[int | None, typer.Option(help="Processes, each with a GPU.")] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Spread the encoder over the processes (FSDP).")
+    ] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other key of TrainingConfig, as key=value; repeatable."),
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="A device of the catalogue; repeatable.")
+    ] = None,
+    catalogue: Annotated[
+        Path | None,
+        typer.Option(envvar="RECFLOW_CATALOGUE", help="Your own devices and prices, YAML."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(envvar="RECFLOW_CALIBRATION", help="Factors measured on your machine."),
+    ] = None,
+    hours: Annotated[
+        float, typer.Option(envvar="RECFLOW_TRAINING_HOURS", help="Time budget of the choice.")
+    ] = 8.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what a training takes on each device: memory by part, time, money; and which to take.
+
+    What is not given is as in a training without configuration, on a news log of titles.
+    """
+    from recflow.hardware.plan_table import PlanRequest, PlanTable
+
+    given = {
+        "tuning.strategy": strategy,
+        "tuning.tuned_layers": tuned_layers,
+        "tuning.rank": rank,
+        "schedule.encoder_batch_size": batch,
+        "objective.negatives": negatives,
+        "max_tokens": max_tokens,
+        "speed.precision": precision,
+        "speed.max_texts_per_step": 0 if no_distinct and texts_per_step is None else texts_per_step,
+        "speed.micro_batches": micro_batches,
+        "speed.gradient_checkpointing": checkpointing or None,
+        "speed.cache_hidden_states": False if no_cache else None,
+        "speed.distinct_items": False if no_distinct else None,
+        "distribution.processes": processes,
+        "distribution.shard_encoder": shard or None,
+    }
+    request = PlanRequest.of(
+        model,
+        values={key: value for key, value in given.items() if value is not None},
+        changes=changes or (),
+        clicks=clicks,
+        items=items,
+        tokens=tokens,
+        history=history,
+        devices=device or (),
+        catalogue=catalogue,
+        calibration=calibration,
+        max_hours=hours,
+    )
+    table = PlanTable.of(request)
+    if as_json:
+        print(json.dumps(table.as_dict(), indent=2))
+    else:
+        table.print()
 
 
 @data_app.command()

@@ -1,0 +1,161 @@
+"""What the two runtimes that serve an encoder hold and reach, fitted to fresh processes.
+
+The form of each number is fixed by what the runtime does (:mod:`recflow.hardware.inference` says
+what that is); its size was fitted by ``python -m recflow_tests.benchmarks.serving_plan --fit`` on
+one half of a set of models and checked on the other. Rates are shares of what the catalogue
+promises, so that they carry over to another device of the kind; seconds of dispatch are those of
+the machine that was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from recflow.hardware.device import Device
+
+_MEBIBYTE: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast one runtime is in one precision.
+
+    Attributes:
+        matrix_share: Share of the device's matrix rate that large batches reach.
+        bandwidth_share: Share of the bandwidth that weights and activations are streamed at.
+        layer_seconds: Seconds a layer takes beside its work: operators to dispatch or launch.
+        call_seconds: Seconds a call takes beside its layers: padding, embedding, pooling.
+    """
+
+    matrix_share: float
+    bandwidth_share: float
+    layer_seconds: float
+    call_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServingFactors:
+    """Factors of one kind of device.
+
+    Attributes:
+        is_measured: Whether they were fitted on such a device.
+        speeds: By ``runtime/precision``; ``torch/autocast`` is a float32 model whose matrices are
+            rounded to bfloat16 at every call.
+        context_bytes: Memory of a process that has imported what a runtime needs, by runtime;
+            ``scoring`` is that of ONNX Runtime beside PyTorch, which runs the user model.
+        device_context_bytes: Memory that a GPU's driver and libraries hold.
+        packing: Bytes that ONNX Runtime holds for a byte of matrices, by precision; of ``fp16``,
+            for a byte of the matrices widened to float32.
+        widening: Share of the widened matrices that loading ``fp16`` takes beside them.
+        token_bytes: Memory of a tokenizer by token of its vocabulary.
+        text_seconds: Seconds to tokenise a text and put it into its batch.
+        score_seconds: Seconds to rank the candidates of one user, beside the arithmetic.
+        allocator: Bytes held for a byte of activations, by precision where it matters, else by
+            runtime.
+        source: Where the factors are from.
+    """
+
+    is_measured: bool
+    speeds: Mapping[str, Speed]
+    context_bytes: Mapping[str, int]
+    device_context_bytes: int
+    packing: Mapping[str, float]
+    widening: float
+    token_bytes: float
+    text_seconds: float
+    score_seconds: float
+    allocator: Mapping[str, float]
+    source: str
+
+    def speed(self, runtime: str, precision: str, *, half: bool) -> Speed:
+        """Speed of a runtime in a precision.
+
+        Args:
+            runtime: What executes the model.
+            precision: What it is stored in.
+            half: Whether PyTorch multiplies in bfloat16.
+        """
+        if runtime != "torch":
+            # float16 is widened when it is loaded: the same products as float32.
+            precision = "fp32" if precision == "fp16" else precision
+        elif not half:
+            precision = "fp32"
+        elif precision == "fp32":
+            precision = "autocast"
+        return self.speeds[f"{runtime}/{precision}"]
+
+
+def default_factors(device: Device) -> ServingFactors:
+    """Factors of a kind of device."""
+    return _GPU if device.is_gpu else _CPU
+
+
+_CPU: Final = ServingFactors(
+    is_measured=True,
+    speeds=MappingProxyType(
+        {
+            "torch/fp32": Speed(0.6, 0.5, 200e-6, 400e-6),
+            "torch/autocast": Speed(0.4, 0.5, 250e-6, 400e-6),
+            "torch/bf16": Speed(0.4, 0.5, 200e-6, 400e-6),
+            "onnxruntime/fp32": Speed(0.6, 0.5, 25e-6, 100e-6),
+            "onnxruntime/int8_static": Speed(0.3, 0.5, 30e-6, 100e-6),
+            "onnxruntime/int8_dynamic": Speed(0.3, 0.5, 40e-6, 100e-6),
+            "onnxruntime/int4": Speed(0.2, 0.5, 30e-6, 100e-6),
+        }
+    ),
+    context_bytes=MappingProxyType(
+        {
+            "onnxruntime": 63 * _MEBIBYTE,
+            "scoring": 333 * _MEBIBYTE,
+            "torch": 452 * _MEBIBYTE,
+        }
+    ),
+    device_context_bytes=0,
+    packing=MappingProxyType(
+        {"fp32": 1.45, "fp16": 1.35, "int8_dynamic": 1.78, "int8_static": 1.36, "int4": 2.15}
+    ),
+    widening=0.25,
+    token_bytes=200.0,
+    text_seconds=25e-6,
+    score_seconds=1.5e-3,
+    allocator=MappingProxyType(
+        {
+            "torch": 1.1,
+            "onnxruntime": 1.1,
+            "int8_dynamic": 0.95,
+            "int8_static": 1.28,
+            "int4": 1.55,
+        }
+    ),
+    source="memory: fresh processes of random encoders; times: estimates, not fitted yet",
+)
+
+# NVIDIA's table for BERT-large, 384 tokens, batch 4, one V100 (15.7 TFLOPS in float32, 125 in half
+# precision): 35.76 and 112.60 texts a second, at 246 GFLOP a text, are shares of 0.56 and 0.22.
+# https://github.com/NVIDIA/DeepLearningExamples/blob/master/PyTorch/LanguageModeling/BERT/README.md
+_GPU: Final = ServingFactors(
+    is_measured=False,
+    speeds=MappingProxyType(
+        {
+            "torch/fp32": Speed(0.56, 0.7, 150e-6, 500e-6),
+            "torch/autocast": Speed(0.22, 0.7, 250e-6, 500e-6),
+            "torch/bf16": Speed(0.22, 0.7, 150e-6, 500e-6),
+            "onnxruntime/fp32": Speed(0.56, 0.7, 60e-6, 200e-6),
+            "onnxruntime/int8_static": Speed(0.22, 0.7, 60e-6, 200e-6),
+            "onnxruntime/int8_dynamic": Speed(0.22, 0.7, 60e-6, 200e-6),
+            "onnxruntime/int4": Speed(0.22, 0.7, 60e-6, 200e-6),
+        }
+    ),
+    context_bytes=_CPU.context_bytes,
+    device_context_bytes=600 * _MEBIBYTE,
+    packing=_CPU.packing,
+    widening=0.0,
+    token_bytes=_CPU.token_bytes,
+    text_seconds=_CPU.text_seconds,
+    score_seconds=_CPU.score_seconds,
+    allocator=MappingProxyType({"torch": 1.2, "onnxruntime": 1.2}),
+    source="published: NVIDIA DeepLearningExamples, BERT inference on one V100; not measured here",
+)

@@ -121,6 +121,14 @@ def plan(
     shard: Annotated[
         bool, typer.Option("--shard", help="Spread the encoder over the processes (FSDP).")
     ] = False,
+    candidates: Annotated[int | None, typer.Option(help="Candidates of a recommendation.")] = None,
+    texts_per_recommendation: Annotated[
+        float | None,
+        typer.Option(help="New texts encoded for a recommendation; kept vectors need none."),
+    ] = None,
+    serve_precision: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16, int8_dynamic, int8_static or int4.")
+    ] = "fp32",
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any other key of TrainingConfig, as key=value; repeatable."),
@@ -171,6 +179,9 @@ def plan(
         items=items,
         tokens=tokens,
         history=history,
+        candidates=candidates,
+        texts=texts_per_recommendation,
+        serve_precision=serve_precision,
         devices=device or (),
         catalogue=catalogue,
         calibration=calibration,

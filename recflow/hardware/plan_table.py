@@ -18,11 +18,12 @@ from recflow.hardware.calibration import Calibration, default_calibration, load_
 from recflow.hardware.catalogue import load_catalogue, pick_device
 from recflow.hardware.choice import advise, choose, excess, shortage
 from recflow.hardware.device import GIB, Device
-from recflow.hardware.plan import Advice, TrainingPlan, gib
+from recflow.hardware.inference import ServedModel, plan_inference
+from recflow.hardware.plan import Advice, InferencePlan, TrainingPlan, gib
 from recflow.hardware.planner import plan_training
 from recflow.hardware.presets import find_shape
 from recflow.hardware.shape import EncoderShape
-from recflow.hardware.workload import TrainingWorkload
+from recflow.hardware.workload import InferenceWorkload, TrainingWorkload
 from recflow.modeling.config import TrainingConfig, with_values
 
 _LAYOUT: Final = 1
@@ -40,18 +41,24 @@ class PlanRequest:
         shape: Its sizes.
         config: How it is trained.
         workload: What it reads.
+        served: The encoder as it is served afterwards.
+        asked: What the service answers.
         devices: Where it may run.
         calibration: Factors measured on a machine; ``None`` for those that recflow comes with.
         max_hours: Time budget of the choice; ``None`` for any.
+        known: Names of all devices of the catalogue.
     """
 
     model: str
     shape: EncoderShape
     config: TrainingConfig
     workload: TrainingWorkload
+    served: ServedModel
+    asked: InferenceWorkload
     devices: tuple[Device, ...]
     calibration: Calibration | None = None
     max_hours: float | None = None
+    known: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -64,6 +71,9 @@ class PlanRequest:
         items: int | None = None,
         tokens: float | None = None,
         history: int | None = None,
+        candidates: int | None = None,
+        texts: float | None = None,
+        serve_precision: str = "fp32",
         devices: Sequence[str] = (),
         catalogue: Path | None = None,
         calibration: Path | None = None,
@@ -79,6 +89,9 @@ class PlanRequest:
             items: Items whose texts are in use.
             tokens: Mean length of a text in tokens.
             history: Clicks of a history that are used; also ``user_model.history_length``.
+            candidates: Candidates of a recommendation.
+            texts: Texts that are encoded for a recommendation; see :class:`InferenceWorkload`.
+            serve_precision: One of :data:`recflow.hardware.inference.PRECISIONS`.
             devices: Names of devices; all of the catalogue where there are none.
             catalogue: The user's file of devices.
             calibration: File of :func:`save_calibration`.
@@ -115,16 +128,23 @@ class PlanRequest:
             "history": history,
         }
         told = {name: value for name, value in told.items() if value is not None}
+        asked: dict[str, Any] = {"items": items, "candidates": candidates, "texts": texts}
+        asked = {name: value for name, value in asked.items() if value is not None}
         # Every click has the non-clicks that it is compared with.
         slate = max(30.0, 1.0 + config.objective.negatives)
+        workload = TrainingWorkload.typical(**told, slate=slate, longest=config.max_tokens)
+        used = float(config.user_model.history_length)
         return cls(
             model=model,
             shape=shape,
             config=config,
-            workload=TrainingWorkload.typical(**told, slate=slate, longest=config.max_tokens),
+            workload=workload,
+            served=ServedModel.of(shape, serve_precision),
+            asked=InferenceWorkload(**asked, history=used, lengths=workload.lengths),
             devices=tuple(chosen or known.values()),
             calibration=load_calibration(calibration) if calibration else None,
             max_hours=max_hours,
+            known=frozenset(known),
         )
 
     def calibration_of(self, device: Device) -> Calibration:
@@ -135,9 +155,9 @@ class PlanRequest:
         """
         measured = self.calibration
         if measured is not None:
-            named = any(measured.device == each.name for each in load_catalogue().values())
-            gpu = measured.device_context_bytes > 0
-            if measured.device == device.name or (not named and gpu == device.is_gpu):
+            same_kind = (measured.device_context_bytes > 0) == device.is_gpu
+            foreign = measured.device not in self.known
+            if measured.device == device.name or (foreign and same_kind):
                 return measured
         return default_calibration(device)
 
@@ -151,12 +171,14 @@ class Row:
         plan: What the training takes on it; ``None`` where it cannot train like this.
         refused: Why it cannot; ``None`` where it can.
         calibration: The factors of the plan.
+        serving: What serving the model takes on it.
     """
 
     device: Device
     plan: TrainingPlan | None
     refused: str | None
     calibration: Calibration
+    serving: InferencePlan
 
     @property
     def fits(self) -> bool:
@@ -187,7 +209,7 @@ class PlanTable:
         """Plan the training on every device.
 
         Raises:
-            ConfigError: No device can train like this.
+            ConfigError: No device can train like this, or the service is asked for nothing.
         """
         rows = tuple(_row(request, device) for device in request.devices)
         plans = [row.plan for row in rows if row.plan is not None]
@@ -204,13 +226,15 @@ class PlanTable:
         """Everything, for JSON.
 
         ``layout`` (1), ``model``, ``shape`` (fields of :class:`EncoderShape` and ``parameters``),
-        ``config`` (of :class:`TrainingConfig`), ``workload``, ``max_hours``, ``choice`` (a device's
-        name or null), ``reason`` (why there is none, or null), ``advice`` (``device``, ``change``,
-        ``values`` by dotted configuration key, ``memory_bytes``), ``devices``: for each ``name``,
-        ``label``, ``memory_bytes``, ``host_memory_bytes``, ``price`` (``usd_per_hour``, ``date``,
-        ``source``), ``fits``, ``shortage`` (a sentence or null), ``refused`` (a sentence or null),
-        ``factors`` (``measured``, ``source``) and ``training`` (:meth:`TrainingPlan.as_dict`, or
-        null where it was refused).
+        ``config`` (of :class:`TrainingConfig`), ``workload``, ``served`` (``runtime``,
+        ``precision``, ``items``, ``history``, ``candidates``, ``texts``), ``max_hours``,
+        ``choice`` (a device's name or null), ``reason`` (why there is none, or null), ``advice``
+        (``device``, ``change``, ``values`` by dotted configuration key, ``memory_bytes``),
+        ``devices``: for each ``name``, ``label``, ``memory_bytes``, ``host_memory_bytes``,
+        ``price`` (``usd_per_hour``, ``date``, ``source``), ``fits``, ``shortage`` (a sentence or
+        null), ``refused`` (a sentence or null), ``factors`` (``measured``, ``source``),
+        ``training`` (:meth:`TrainingPlan.as_dict`, or null where it was refused) and ``serving``
+        (:meth:`InferencePlan.as_dict`).
         """
         request = self.request
         return {
@@ -219,6 +243,14 @@ class PlanTable:
             "shape": {**asdict(request.shape), "parameters": request.shape.parameters},
             "config": asdict(request.config),
             "workload": request.workload.as_dict(),
+            "served": {
+                "runtime": request.served.runtime,
+                "precision": request.served.precision,
+                "items": request.asked.items,
+                "history": request.asked.history,
+                "candidates": request.asked.candidates,
+                "texts": request.asked.texts,
+            },
             "max_hours": request.max_hours,
             "choice": self.choice.device.name if self.choice else None,
             "reason": self.reason,
@@ -252,6 +284,11 @@ class PlanTable:
             f"{schedule.encoder_batch_size} clicks a step, {request.workload.clicks:,} an epoch, "
             f"{schedule.head_epochs} + {schedule.encoder_epochs} epochs."
         )
+        asked = request.asked
+        yield Text(
+            f"Served in {request.served.precision}: {asked.candidates} candidates and "
+            f"{asked.texts:g} new texts a recommendation."
+        )
         yield self._devices()
         yield from self._parts()
         yield from self._conclusions()
@@ -260,12 +297,13 @@ class PlanTable:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("Device", no_wrap=True)
         table.add_column("Fits", no_wrap=True)
-        for name in ("GiB needed", "1 M clicks", "Run", "$ a run"):
+        for name in ("GiB needed", "1 M clicks", "Run", "$ a run", "$ 1 M rec."):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
             plan, size = row.plan, row.device.memory_bytes / GIB
+            served = _usd(row.serving.usd_per_million) if row.serving.fits else "no room"
             if plan is None:
-                table.add_row(row.device.name, "no", f"- of {size:.0f}")
+                table.add_row(row.device.name, "no", f"- of {size:.0f}", "", "", "", served)
                 continue
             chosen = self.choice is not None and plan.device.name == self.choice.device.name
             table.add_row(
@@ -274,7 +312,8 @@ class PlanTable:
                 f"{plan.memory.total / GIB:.1f} of {size:.0f}",
                 duration(plan.seconds_per_million_clicks),
                 duration(plan.seconds),
-                f"{plan.usd:.3f}" if plan.usd < 1 else f"{plan.usd:.2f}",
+                _usd(plan.usd),
+                served,
                 style="" if plan.fits else "dim",
             )
         return table
@@ -318,7 +357,7 @@ class PlanTable:
         for measured, said in ((True, "measured on such devices"), (False, "from publications")):
             names = [r.device.name for r in self.rows if r.calibration.is_measured == measured]
             if names:
-                yield Text(f"Factors {said}: {', '.join(names)}.")
+                yield Text(f"Training factors {said}: {', '.join(names)}.")
         dates = sorted(row.device.price.date for row in self.rows)
         span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
         yield Text(f"Prices of {span}; --json says where from, --catalogue FILE puts in yours.")
@@ -349,11 +388,14 @@ def duration(seconds: float) -> str:
 
 def _row(request: PlanRequest, device: Device) -> Row:
     calibration = request.calibration_of(device)
+    # Serving has factors of its own; a measured machine only moves them.
+    measured = calibration if calibration is request.calibration else None
+    serving = plan_inference(request.served, request.asked, device, measured)
     try:
         plan = plan_training(request.shape, request.config, request.workload, device, calibration)
     except ConfigError as error:
-        return Row(device, None, str(error), calibration)
-    return Row(device, plan, None, calibration)
+        return Row(device, None, str(error), calibration, serving)
+    return Row(device, plan, None, calibration, serving)
 
 
 def _advice(
@@ -386,7 +428,12 @@ def _row_as_dict(row: Row) -> dict[str, Any]:
         "refused": row.refused,
         "factors": {"measured": row.calibration.is_measured, "source": row.calibration.source},
         "training": None if plan is None else plan.as_dict(),
+        "serving": row.serving.as_dict(),
     }
+
+
+def _usd(amount: float) -> str:
+    return f"{amount:.3f}" if amount < 1 else f"{amount:.2f}"
 
 
 def _gib(size: int) -> str:

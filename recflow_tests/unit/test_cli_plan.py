@@ -14,10 +14,11 @@ from rich.console import Console
 from recflow.cli import main
 from recflow.hardware.calibration import default_calibration, save_calibration
 from recflow.hardware.catalogue import find_device, load_catalogue
+from recflow.hardware.inference import ServedModel, plan_inference
 from recflow.hardware.plan_table import PlanRequest, PlanTable, duration
 from recflow.hardware.planner import plan_training
 from recflow.hardware.presets import PRESETS, find_shape, preset_config
-from recflow.hardware.workload import TrainingWorkload
+from recflow.hardware.workload import InferenceWorkload, TrainingWorkload
 from recflow.modeling.config import TrainingConfig, config_from, with_values
 
 EXAMPLE = ("--model", "bert-base-uncased", "--strategy", "lora", "--batch", "64")
@@ -62,8 +63,8 @@ def test_the_table_is_readable_in_a_pipe(
     for part in ("weights", "gradients", "optimiser states", "activations", "context"):
         assert re.search(rf"^ {part} .*\d\.\d\d", out, re.MULTILINE)
     assert "Choice: " in out
-    assert "Factors measured on such devices: cpu-2" in out
-    assert "Factors from publications: t4" in out
+    assert "Training factors measured on such devices: cpu-2" in out
+    assert "Training factors from publications: t4" in out
 
 
 def test_what_does_not_fit_says_why_and_what_would_help(
@@ -86,8 +87,8 @@ def test_json_says_everything(
 ) -> None:
     found = _json(monkeypatch, capsys, *EXAMPLE, "--hours", "2")
     assert list(found) == [
-        "layout", "model", "shape", "config", "workload", "max_hours", "choice", "reason",
-        "advice", "devices",
+        "layout", "model", "shape", "config", "workload", "served", "max_hours", "choice",
+        "reason", "advice", "devices",
     ]  # fmt: skip
     assert (found["layout"], found["model"], found["max_hours"]) == (1, EXAMPLE[1], 2)
     assert found["shape"]["parameters"] == find_shape(EXAMPLE[1]).parameters
@@ -106,6 +107,12 @@ def test_json_says_everything(
         assert each["factors"]["measured"] == (device.kind == "cpu")
         assert each["training"]["usd"] >= chosen["training"]["usd"]
         assert (each["shortage"], each["refused"]) == (None, None)
+        served = plan_inference(
+            ServedModel.of(find_shape(EXAMPLE[1])),
+            InferenceWorkload(lengths=TrainingWorkload.typical().lengths),
+            device,
+        )
+        assert each["serving"] == json.loads(json.dumps(served.as_dict()))
     assert (found["reason"], found["advice"]) == (None, [])
 
 
@@ -183,6 +190,9 @@ def test_every_option_reaches_the_configuration(
         ),
         ([*EXAMPLE, "--tokens", "nan"], "tokens = nan is not allowed"),
         ([*EXAMPLE, "--hours", "0"], "hours = 0.0 is not allowed; allowed: above 0"),
+        ([*EXAMPLE, "--candidates", "-1"], "candidates = -1 is not allowed"),
+        ([*EXAMPLE, "--texts-per-recommendation", "-1"], "texts = -1.0 is not allowed"),
+        ([*EXAMPLE, "--serve-precision", "fp8"], "precision = 'fp8' is not allowed"),
         ([*EXAMPLE, "--device", "v100"], "device = 'v100' is not allowed; allowed: cpu-2, "),
         ([*EXAMPLE, "--set", "rank"], "set = 'rank' is not allowed; allowed: key=value"),
         ([*EXAMPLE, "--set", "tuning.rang=3"], "configuration key = 'tuning.rang' is not allowed"),
@@ -202,6 +212,23 @@ def test_impossible_options_are_one_sentence(
     assert said in err
     assert err.startswith("recflow: ")
     assert err.count("\n") == 1
+
+
+def test_serving_options_reach_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = _json(monkeypatch, capsys, *EXAMPLE, "--device", "cpu-8")
+    found = _json(
+        monkeypatch, capsys, *EXAMPLE, "--device", "cpu-8", "--candidates", "300",
+        "--texts-per-recommendation", "0.5", "--serve-precision", "int8_dynamic",
+        "--items", "9000", "--history", "10",
+    )  # fmt: skip
+    assert found["served"] == {
+        "runtime": "onnxruntime", "precision": "int8_dynamic", "items": 9000, "history": 10,
+        "candidates": 300, "texts": 0.5,
+    }  # fmt: skip
+    cheaper, dearer = (each["devices"][0]["serving"]["usd_per_million"] for each in (found, usual))
+    assert cheaper < dearer
 
 
 def test_own_prices_change_the_choice(

@@ -1,10 +1,9 @@
-"""What the two runtimes that serve an encoder hold and reach, fitted to fresh processes.
+"""What the two runtimes that serve an encoder hold and reach.
 
 The form of each number is fixed by what the runtime does (:mod:`recflow.hardware.inference` says
-what that is); its size was fitted by ``python -m recflow_tests.benchmarks.serving_plan --fit`` on
-one half of a set of models and checked on the other. Rates are shares of what the catalogue
-promises, so that they carry over to another device of the kind; seconds of dispatch are those of
-the machine that was measured.
+what that is). What is held in memory was fitted to fresh processes with BERT encoders of three
+sizes and checked on five others. The times of a processor are estimates that nothing was fitted to
+yet, so that plans made of them do not call themselves calibrated.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class ServingFactors:
     """Factors of one kind of device.
 
     Attributes:
-        is_measured: Whether they were fitted on such a device.
+        is_measured: Whether memory and times were fitted on such a device.
         speeds: By ``runtime/precision``; ``torch/autocast`` is a float32 model whose matrices are
             rounded to bfloat16 at every call.
         context_bytes: Memory of a process that has imported what a runtime needs, by runtime;
@@ -94,7 +93,7 @@ def default_factors(device: Device) -> ServingFactors:
 
 
 _CPU: Final = ServingFactors(
-    is_measured=True,
+    is_measured=False,  # memory is; times are not
     speeds=MappingProxyType(
         {
             "torch/fp32": Speed(0.6, 0.5, 200e-6, 400e-6),

@@ -1,12 +1,15 @@
 """Plans of serving: derived by hand, and how they move with what is served."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from recflow.core.errors import ConfigError
+from recflow.hardware.catalogue import load_catalogue
 from recflow.hardware.device import Device, Price
 from recflow.hardware.inference import ONNXRUNTIME, PRECISIONS, ServedModel, plan_inference
+from recflow.hardware.presets import PRESETS, find_shape
 from recflow.hardware.shape import EncoderShape
 from recflow.hardware.workload import InferenceWorkload, TextLengths
 
@@ -142,3 +145,14 @@ def test_impossible_workloads_are_refused() -> None:
         plan_inference(model, replace(TEXTS, batch=0), CPU)
     with pytest.raises(ConfigError, match="threads = 3"):
         plan_inference(model, TEXTS, CPU, threads=3)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_device_has_a_finite_plan_of_every_preset(preset: str) -> None:
+    shape = find_shape(preset)
+    for device in load_catalogue().values():
+        for precision in ("fp32", "int8_dynamic"):
+            plan = plan_inference(ServedModel.of(shape, precision), InferenceWorkload(), device)
+            assert 0 < plan.memory.total < math.inf
+            assert 0 < plan.usd_per_million < math.inf
+            assert 0 < plan.latency_seconds < math.inf

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from recflow.compression.family import DEFAULT_FAMILY
 from recflow.core.errors import ConfigError
+from recflow.hardware.catalogue import load_catalogue
 
 ENV_PREFIX = "RECFLOW_"
 ENV_FILE_VARIABLE = "RECFLOW_ENV_FILE"
@@ -55,6 +56,22 @@ class Settings(BaseSettings):
     family: Path = Field(
         DEFAULT_FAMILY, description="TOML file of the smaller models made of the fine-tuned one"
     )
+    catalogue: Path | None = Field(
+        None, description="File of devices that adds to recflow's catalogue or replaces entries"
+    )
+    devices: str = Field(
+        "",
+        description="Names of the catalogue's devices that this deployment has, with commas "
+        "between; empty: all of them",
+    )
+    calibration: Path | None = Field(
+        None,
+        description="What a machine was measured to reach; unset: machine.json below the home "
+        "folder, if it is there",
+    )
+    training_hours: float = Field(
+        8.0, gt=0, description="Longest planned training; slower devices are not chosen"
+    )
     first_day: date = Field(date(2024, 1, 1), description="First day (UTC) of the logs")
     last_day: date | None = Field(
         None, description="Last day of logs that have ended; unset for logs that go on"
@@ -83,6 +100,13 @@ class Settings(BaseSettings):
         folder = Path(value) if isinstance(value, str | Path) else None
         return str(folder.absolute()) if folder and folder.is_dir() else str(value)
 
+    @field_validator("catalogue", "calibration")
+    @classmethod
+    def _existing_file(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_file():
+            raise ValueError("allowed: an existing file")
+        return value
+
     @field_validator("timezone")
     @classmethod
     def _known_timezone(cls, value: str) -> str:
@@ -91,6 +115,25 @@ class Settings(BaseSettings):
         except (KeyError, ValueError, OSError) as error:
             raise ValueError("allowed: an IANA time zone such as Europe/Copenhagen") from error
         return value
+
+    @model_validator(mode="after")
+    def _devices_are_known(self) -> Settings:
+        # Devices are named in the environment, so that a wrong name is found there, not in a run.
+        if self.devices:
+            known = load_catalogue(self.catalogue)
+            if unknown := [name for name in self.device_names if name not in known]:
+                raise ValueError(
+                    f"{ENV_PREFIX}DEVICES = {self.devices!r} is not allowed: {unknown[0]!r} is no "
+                    f"device of the catalogue; allowed: {', '.join(known)}"
+                )
+            if all(known[name].is_gpu for name in self.device_names):
+                processors = [name for name, device in known.items() if not device.is_gpu]
+                raise ValueError(
+                    f"{ENV_PREFIX}DEVICES = {self.devices!r} is not allowed: compression and "
+                    "evaluation run on processors; allowed: at least one of "
+                    f"{', '.join(processors)} beside"
+                )
+        return self
 
     @model_validator(mode="after")
     def _days_fit(self) -> Settings:
@@ -106,6 +149,19 @@ class Settings(BaseSettings):
                 "allowed: validation_days + test_days < window_days"
             )
         return self
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """The names in ``devices``; empty where all devices are allowed."""
+        return tuple(name.strip() for name in self.devices.split(",") if name.strip())
+
+    @property
+    def calibration_file(self) -> Path | None:
+        """The measurements of a machine, if there are any."""
+        if self.calibration is not None:
+            return self.calibration
+        usual = self.home / "machine.json"
+        return usual if usual.is_file() else None
 
     @property
     def store_dir(self) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from recflow.core.errors import ConfigError
+from recflow.hardware.catalogue import load_catalogue
 from recflow.settings import Settings, load_settings
 
 
@@ -131,3 +132,31 @@ def test_settings_cannot_change(tmp_path: Path) -> None:
     settings: Settings = load_settings()
     with pytest.raises(ValueError, match="frozen"):
         settings.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_devices_are_of_the_catalogue_and_one_of_them_has_no_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processors = next(d.name for d in load_catalogue().values() if not d.is_gpu)
+    monkeypatch.setenv("RECFLOW_DEVICES", f"t4, {processors}")
+    assert load_settings().device_names == ("t4", processors)
+    monkeypatch.setenv("RECFLOW_DEVICES", f"t5,{processors}")
+    with pytest.raises(ConfigError, match=r"RECFLOW_DEVICES = .*'t5' is no device.*allowed: .*t4"):
+        load_settings()
+    monkeypatch.setenv("RECFLOW_DEVICES", "t4")
+    with pytest.raises(ConfigError, match=f"run on processors; allowed: .*{processors}"):
+        load_settings()
+
+
+def test_files_of_devices_and_measurements_must_exist(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RECFLOW_HOME", str(tmp_path))
+    assert load_settings().calibration_file is None
+    (tmp_path / "machine.json").write_text("{}")
+    assert load_settings().calibration_file == tmp_path / "machine.json"
+    for name in ("RECFLOW_CATALOGUE", "RECFLOW_CALIBRATION"):
+        with monkeypatch.context() as context:
+            context.setenv(name, str(tmp_path / "missing"))
+            with pytest.raises(ConfigError, match=f"{name} = .*missing.*allowed: an existing file"):
+                load_settings()

@@ -36,13 +36,12 @@ from recflow.modeling.architectures import (
     LayerShape,
     find_architecture,
 )
-from recflow.modeling.layout import CONFIG_NAME
+from recflow.modeling.layout import CONFIG_NAME, WEIGHTS_NAME
 from recflow.modeling.low_rank import factorise, ranks_of
 from recflow.modeling.packing import pack, unpack
 from recflow.modeling.pooling import BottleneckAdapter, build_pooling, resolve_pooling
 from recflow.modeling.texts import TOKENIZER_NAME, TextTokenizer, Vectors, pad_tokens
 
-WEIGHTS_NAME = "model.safetensors"
 SHARDS_NAME = "model.safetensors.index.json"
 
 ADDITIONS = "recflow"

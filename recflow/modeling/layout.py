@@ -1,4 +1,4 @@
-"""The ``config.json`` of a stored ranker. Loads no PyTorch."""
+"""The files of a stored ranker and its ``config.json``. Loads no PyTorch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from recflow.core.errors import ArtifactError
 
 CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+ONNX_NAME = "model.onnx"
 LAYOUT = 2
 TORCH, ONNXRUNTIME = "torch", "onnxruntime"
 

@@ -8,9 +8,9 @@ from typing import cast
 import onnxruntime
 
 from recflow.core.errors import ArtifactError
+from recflow.modeling.layout import ONNX_NAME as ONNX_NAME
 from recflow.modeling.texts import Vectors, pad_tokens
 
-ONNX_NAME = "model.onnx"
 INPUT_NAMES = ("input_ids", "attention_mask")
 OUTPUT_NAME = "vectors"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from recflow.adapters.artifact_store import ArtifactStore
+from recflow.adapters.costs import PriceList, cost_section
 from recflow.adapters.item_vectors import reported_codecs, stored_codecs
 from recflow.adapters.keys import (
     CLEANED_IMPRESSIONS,
@@ -182,6 +183,8 @@ def build_report(
     context: ReportContext,
     config: EvaluationConfig,
     code_version: str,
+    catalogue: Path | None = None,
+    calibration: Path | None = None,
     rebuild: bool = False,
 ) -> Artifact:
     """Evaluate the predictions; write ``report.html``, ``report.json`` and ``table.txt``.
@@ -197,8 +200,16 @@ def build_report(
         context: Title, command and links; what the store knows is filled in here.
         config: How predictions are judged.
         code_version: Version of the reporting code.
+        catalogue: The user's own catalogue of devices that costs are planned for, beside recflow's.
+        calibration: What a machine was measured to reach, a file of ``recflow probe``.
         rebuild: Write again what is written.
+
+    Raises:
+        ArtifactError: Predictions, measurements or a model are missing, altered, or not of this
+            snapshot.
+        ConfigError: The catalogue or the calibration is wrong.
     """
+    prices = PriceList.read(catalogue, calibration)
     predictions = store.get(PREDICTIONS, snapshot)
     measurements = store.get(MEASUREMENTS, snapshot)
     stored = load_snapshot(store, snapshot)
@@ -234,6 +245,14 @@ def build_report(
             label_efficiency=label_shares(study) if study else (),
             family=_family_tree(family, models),
             item_vectors=reported_codecs(vectors),
+            costs=cost_section(
+                family=family,
+                models=models,
+                data=stored,
+                measurements=costs,
+                measured_plans=cast("dict[str, JsonValue]", measurements.facts.get("plan", {})),
+                prices=prices,
+            ),
             versions=library_versions(),
             parents={key: artifact.digest for key, artifact in parents.items()},
         )
@@ -252,7 +271,7 @@ def build_report(
         build,
         code_version=code_version,
         parents=parents,
-        config=cast("dict[str, JsonValue]", asdict(config)),
+        config={**asdict(config), **prices.digests()},
         rebuild=rebuild,
     )
 

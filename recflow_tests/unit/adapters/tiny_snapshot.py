@@ -5,6 +5,7 @@ import polars as pl
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import ITEMS, TEST, TRAIN, VALIDATION
 from recflow.adapters.parquet_io import Table, write_table
+from recflow.core.artifacts import Draft
 from recflow.core.columns import Columns
 from recflow_tests.unit.evaluation.support import impressions_of, items_of
 from recflow_tests.unit.modeling.tiny import make_impressions, make_items
@@ -24,11 +25,16 @@ def store_snapshot(store: ArtifactStore, day: str, *, train: int = 200, seed: in
         store.build(
             key,
             day,
-            lambda draft, frame=frame: write_table(draft, Table(frame)),
+            lambda draft, frame=frame: _write(draft, frame),
             code_version="1",
             parents={},
             config={"seed": seed, "train": train},
         )
+
+
+def _write(draft: Draft, frame: pl.DataFrame) -> None:
+    write_table(draft, Table(frame))
+    draft.facts["missing_days"] = []
 
 
 def _impressions(items: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import FINE_TUNED, TEST
+from recflow.adapters.planning import PlanningConfig, plan_of_training
 from recflow.adapters.snapshots import Snapshot, load_snapshot
 from recflow.compression.family import ROOT, Family
 from recflow.core.artifacts import (
@@ -37,6 +38,7 @@ def build_fine_tuned(
     parents: Mapping[str, Artifact] | None = None,
     cache_directory: Path | None = None,
     checkpoints: Path | None = None,
+    planning: PlanningConfig | None = None,
     rebuild: bool = False,
 ) -> Artifact:
     """Fine-tune the pretrained encoder on a snapshot and store the ranker.
@@ -52,15 +54,28 @@ def build_fine_tuned(
         cache_directory: Where hidden states are kept between trainings.
         checkpoints: Folder below which the state of a training is kept until it is done; the same
             training, started again, resumes there.
+        planning: What the training is planned with, and what follows where memory is short.
         rebuild: Train again what was trained.
 
     Raises:
         ArtifactError: The pretrained encoder or the snapshot is missing or not whole.
+        HardwareError: The training needs more memory than there is; nothing was begun.
     """
     data = load_snapshot(store, snapshot)
+    planning = planning or PlanningConfig()
 
     def train(draft: Draft) -> TrainingReport:
-        return train_ranker(
+        planned = plan_of_training(
+            items=data.items,
+            train=data.splits.train,
+            validation=data.splits.validation,
+            base_model=base_model,
+            config=config,
+            planning=planning,
+            other_table_bytes=int(data.splits.test.estimated_size()),
+        )
+        planned.require_memory(planning.memory)
+        report = train_ranker(
             items=data.items,
             train=data.splits.train,
             validation=data.splits.validation,
@@ -71,6 +86,8 @@ def build_fine_tuned(
             cache_directory=cache_directory,
             checkpoints=checkpoints / FINE_TUNED / draft.fingerprint if checkpoints else None,
         )
+        draft.facts |= planned.facts(report)
+        return report
 
     return _build(
         store,

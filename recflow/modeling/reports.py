@@ -56,6 +56,9 @@ class TrainingReport:
         processes: Processes that trained together.
         precision: ``bf16`` or ``fp32``: what the matrices were multiplied in.
         peak_rss_bytes: Peak resident memory of the process so far.
+        peak_rss_before_bytes: The same before the training; a peak that did not rise is not the
+            training's.
+        peak_device_bytes: Most memory that PyTorch reserved on the GPU; 0 without one.
     """
 
     strategy: str
@@ -75,6 +78,8 @@ class TrainingReport:
     processes: int
     precision: str
     peak_rss_bytes: int
+    peak_rss_before_bytes: int = 0
+    peak_device_bytes: int = 0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingReport:

@@ -165,7 +165,7 @@ def train_as_member(
 
     The arguments are those of :func:`train_ranker`.
     """
-    started = time.monotonic()
+    started, peak_before = time.monotonic(), peak_rss_bytes()
     team = team or Alone()
     with ExitStack() as stack:
         stack.enter_context(deterministic(config.seed, config.threads))
@@ -185,7 +185,7 @@ def train_as_member(
             save_ranker(output, run.finished_encoder(), base_model / TOKENIZER_NAME, run.parts())
         team.barrier()
         run.forget_checkpoints()
-        return run.report(time.monotonic() - started)
+        return run.report(time.monotonic() - started, peak_before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +222,8 @@ class TrainingRun:
         """
         self._data, self._base_model, self._config, self._team = data, base_model, config, team
         self._device = choose_device(config.device)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._encoder, self._tuning = _tuned_encoder(base_model, config)
         # By name: spreading the weights over processes puts others in their place.
         learning = {n: p.numel() for n, p in self._encoder.named_parameters() if p.requires_grad}
@@ -299,8 +301,8 @@ class TrainingRun:
         if self._checkpoints is not None and self._team.rank == 0:
             self._checkpoints.remove()
 
-    def report(self, seconds: float) -> TrainingReport:
-        """Sum up the run."""
+    def report(self, seconds: float, peak_before: int = 0) -> TrainingReport:
+        """Sum up the run, which took so long in a process that had held so many bytes before."""
         epochs, states = self._progress.epochs, self._states
         head = count_parameters(self._model.user_model)
         return TrainingReport(
@@ -322,6 +324,10 @@ class TrainingRun:
             processes=self._team.size,
             precision=self._precision,
             peak_rss_bytes=peak_rss_bytes(),
+            peak_rss_before_bytes=peak_before,
+            peak_device_bytes=torch.cuda.max_memory_reserved(self._device)
+            if self._device.type == "cuda"
+            else 0,
         )
 
     # ------------------------------------------------------------------ one epoch

@@ -32,6 +32,8 @@ def daily_asset(
     group: str,
     kinds: set[str],
     contract: TableContract | None = None,
+    tags: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
     """``dg.asset`` with what all of recflow's assets share.
@@ -41,6 +43,8 @@ def daily_asset(
         group: Group, which is also the stage.
         kinds: Kinds shown in the UI.
         contract: The table the asset is, if it is one.
+        tags: Tags beside that of the stage.
+        metadata: Metadata beside the table's.
         options: Further arguments of ``dg.asset``.
     """
     return dg.asset(
@@ -49,8 +53,8 @@ def daily_asset(
         group_name=group,
         owners=OWNERS,
         kinds=kinds,
-        tags={"recflow/stage": group},
-        metadata=table_metadata(contract) if contract else None,
+        tags={"recflow/stage": group, **(tags or {})},
+        metadata={**(table_metadata(contract) if contract else {}), **(metadata or {})} or None,
         **options,
     )
 

@@ -2,10 +2,31 @@
 
 import dagster as dg
 
+from recflow.adapters.keys import (
+    ADAPTED_ENCODER,
+    COMPRESSED,
+    CONFIGURATION,
+    FINE_TUNED,
+    ITEM_VECTORS,
+    LABEL_EFFICIENCY_STUDY,
+    MEASUREMENTS,
+    PREDICTIONS,
+    STRATEGIES_STUDY,
+)
+from recflow.defs.hardware import run_tags
+from recflow.defs.resources import family
+
 # One line an event, and no stack trace for mistakes the user can mend.
 _CONSOLE = {"loggers": {"console": {}}}
 INGEST_GROUPS = ("ingest", "prepare", "features")
 TRAIN_GROUPS = ("splits", "models", "evaluation")
+# What the run queue limits runs by: what the most demanding step of the job needs.
+TRAIN_TAGS = run_tags(
+    [
+        *(FINE_TUNED, ITEM_VECTORS, PREDICTIONS, MEASUREMENTS),
+        *(family.key(name) for name in family.variants),
+    ]
+)
 
 ingest_job = dg.define_asset_job(
     "ingest",
@@ -17,30 +38,35 @@ train_job = dg.define_asset_job(
     "train",
     selection=dg.AssetSelection.groups(*TRAIN_GROUPS),
     config=_CONSOLE,
+    tags=TRAIN_TAGS,
     description="Split, train, compress and evaluate the snapshot that ends with the day.",
 )
 full_job = dg.define_asset_job(
     "full",
     selection=dg.AssetSelection.groups(*INGEST_GROUPS, *TRAIN_GROUPS),
     config=_CONSOLE,
+    tags=TRAIN_TAGS,
     description="Everything for one day: ingest it, then train the snapshot that ends with it.",
 )
 search_job = dg.define_asset_job(
     "search",
     selection=dg.AssetSelection.groups("search"),
     config=_CONSOLE,
+    tags=run_tags([CONFIGURATION]),
     description="Search the training configuration on a snapshot; later trainings read it.",
 )
 compress_job = dg.define_asset_job(
     "compress",
     selection=dg.AssetSelection.groups("compression"),
     config=_CONSOLE,
+    tags=run_tags([COMPRESSED]),
     description="Search the chain of compression steps that meets a budget, on a snapshot.",
 )
 studies_job = dg.define_asset_job(
     "studies",
     selection=dg.AssetSelection.groups("studies"),
     config=_CONSOLE,
+    tags=run_tags([ADAPTED_ENCODER, LABEL_EFFICIENCY_STUDY, STRATEGIES_STUDY]),
     description="Compare what the training engine can do on a snapshot; takes hours.",
 )
 JOBS = [ingest_job, train_job, full_job, search_job, compress_job, studies_job]

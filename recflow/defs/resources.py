@@ -11,6 +11,8 @@ from recflow.compression.family import load_family
 from recflow.core.errors import RecflowError
 from recflow.data.sources import open_source
 from recflow.data.sources.base import Source
+from recflow.hardware.calibration import load_calibration
+from recflow.hardware.catalogue import load_catalogue
 from recflow.settings import load_settings
 
 
@@ -26,9 +28,12 @@ def _show_sentence(
 try:
     settings = load_settings()
     family = load_family(settings.family)
+    _catalogue = load_catalogue(settings.catalogue)
+    devices = [_catalogue[name] for name in settings.device_names or _catalogue]
+    calibration = load_calibration(settings.calibration_file) if settings.calibration_file else None
 except RecflowError:
     # This ends the Dagster command that is loading recflow, whose user can mend the setting or the
-    # family: the sentence helps, the stack does not.
+    # file it names: the sentence helps, the stack does not.
     sys.excepthook = _show_sentence
     raise
 

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from recflow.defs.jobs import full_job
+from recflow.defs.jobs import TRAIN_TAGS, full_job
 from recflow.defs.partitions import DAILY, newest_complete_day
 from recflow.defs.resources import settings
 
@@ -21,7 +21,7 @@ def nightly_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | d
     if day is None:
         return dg.SkipReason(f"no complete day since {settings.first_day}")
     # The key is the day: a tick that is repeated does not train the same snapshot again.
-    return dg.RunRequest(run_key=day, partition_key=day)
+    return dg.RunRequest(run_key=day, partition_key=day, tags=TRAIN_TAGS)
 
 
 SCHEDULES = [nightly_schedule]

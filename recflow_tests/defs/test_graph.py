@@ -86,10 +86,11 @@ def test_days_can_be_ingested_in_one_run() -> None:
         assert (node.backfill_policy == dg.BackfillPolicy.single_run()) == single
 
 
-def test_model_steps_share_a_pool() -> None:
+def test_model_steps_share_a_pool_by_their_gpu() -> None:
     for node in MADE:
-        if node.group_name in {"models", "search", "studies"}:
-            assert GRAPH.get(node.key).pools == {"compute"}
+        if node.group_name in {"models", "search", "studies", "compression"}:
+            gpu = node.tags["recflow/gpu_type"]
+            assert GRAPH.get(node.key).pools == {"compute" if gpu == "none" else f"gpu_{gpu}"}
 
 
 def test_loading_imports_nothing_heavy() -> None:

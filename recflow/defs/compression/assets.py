@@ -12,10 +12,9 @@ from recflow.defs.common import (
     artifact_result,
     claim_result,
     code_version_of,
-    daily_asset,
     keys_of,
 )
-from recflow.defs.models.assets import POOL
+from recflow.defs.hardware import model_asset
 from recflow.defs.resources import StoreResource, settings
 from recflow.defs.tracking import run_metadata, tracker_of
 
@@ -54,12 +53,11 @@ class BudgetRunConfig(Rebuild):
     )
 
 
-@daily_asset(
+@model_asset(
     COMPRESSED,
     group=GROUP,
     kinds={"onnx"},
     deps=keys_of([FINE_TUNED, TRAIN, VALIDATION, ITEMS]),
-    pool=POOL,
     code_version="1",
     description="The model of the chain of compression steps that meets a budget of size, latency, "
     "memory and accuracy; the nearest one where none does.",

@@ -28,7 +28,8 @@ from recflow.defs.common import (
     keys_of,
     link_to,
 )
-from recflow.defs.models.assets import POOL, pretrained_spec
+from recflow.defs.hardware import model_asset
+from recflow.defs.models.assets import pretrained_spec
 from recflow.defs.partitions import WINDOW, window_keys
 from recflow.defs.resources import BaseModelResource, LogsResource, StoreResource, family, settings
 from recflow.defs.tracking import run_metadata, tracker_of
@@ -60,7 +61,7 @@ class ReportConfig(Rebuild):
     confidence: float = Field(0.95, description="Share of the resamples inside an interval")
 
 
-@daily_asset(
+@model_asset(
     PREDICTIONS,
     group=GROUP,
     kinds={"pytorch", "onnx", "parquet"},
@@ -68,7 +69,6 @@ class ReportConfig(Rebuild):
         pretrained_spec,
         *keys_of([*MODELS, ITEM_VECTORS, TRAIN, VALIDATION, TEST, ITEMS]),
     ],
-    pool=POOL,
     code_version="2",
     description="Scores of validation and test by every baseline and every model.",
 )
@@ -97,13 +97,12 @@ def predictions(
     return artifact_result(PREDICTIONS, artifact)
 
 
-@daily_asset(
+@model_asset(
     MEASUREMENTS,
     group=GROUP,
     kinds={"pytorch", "onnx"},
     # After the predictions, not beside them: whatever else runs distorts what is measured.
     deps=keys_of([PREDICTIONS, *MODELS, ITEMS]),
-    pool=POOL,
     code_version="2",
     description="Size, latency, throughput and memory of every model, on this machine.",
 )

@@ -26,9 +26,9 @@ from recflow.defs.common import (
     artifact_result,
     code_version_of,
     curve_plot,
-    daily_asset,
     keys_of,
 )
+from recflow.defs.hardware import model_asset
 from recflow.defs.models.run_config import (
     DEFAULTS,
     OF_THE_DEPLOYMENT,
@@ -43,8 +43,6 @@ from recflow.defs.tracking import run_metadata, tracker_of
 from recflow.modeling.config import with_values
 
 GROUP = "models"
-# Steps that use every core; docker/dagster.yaml says how to keep them apart.
-POOL = "compute"
 
 pretrained_spec = dg.AssetSpec(
     ["source", "pretrained_encoder"],
@@ -71,7 +69,7 @@ class FineTuningConfig(TrainingKeys):
     )
 
 
-@daily_asset(
+@model_asset(
     FINE_TUNED,
     group=GROUP,
     kinds={"pytorch", "huggingface"},
@@ -80,7 +78,6 @@ class FineTuningConfig(TrainingKeys):
         *keys_of([TRAIN, VALIDATION, ITEMS, ADAPTED_ENCODER]),
         dg.AssetDep(CONFIGURATION.split("/"), partition_mapping=EARLIER),
     ],
-    pool=POOL,
     code_version="2",
     description="The text encoder and a user model over the click history, trained on the "
     "snapshot's clicks; the best epoch on validation is kept.",
@@ -131,12 +128,11 @@ def _variant_asset(variant: Variant) -> dg.AssetsDefinition:
     keys = run_config(variant.config, without=OF_THE_DEPLOYMENT)
     key = family.key(variant.name)
 
-    @daily_asset(
+    @model_asset(
         key,
         group=GROUP,
         kinds={*variant.step.kinds},
         deps=keys_of([family.key(variant.parent), TRAIN, VALIDATION, ITEMS]),
-        pool=POOL,
         code_version=variant.step.code_version,
         description=f"{variant.step.summary} Made from `{variant.parent}`.",
     )
@@ -180,12 +176,11 @@ class ItemVectorsConfig(Rebuild):
     )
 
 
-@daily_asset(
+@model_asset(
     ITEM_VECTORS,
     group=GROUP,
     kinds={"safetensors"},
     deps=keys_of([FINE_TUNED, TRAIN, VALIDATION, ITEMS]),
-    pool=POOL,
     code_version="1",
     description="The fine-tuned model's vectors of the catalogue as serving keeps them: 8-bit "
     "integers, and product-quantized.",

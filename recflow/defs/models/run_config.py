@@ -21,7 +21,7 @@ from pydantic import Field, create_model
 from recflow.compression import config as compression
 from recflow.defs.common import Rebuild
 from recflow.defs.resources import settings
-from recflow.modeling.adaptation_config import METHODS
+from recflow.modeling.adaptation_config import METHODS, AdaptationConfig
 from recflow.modeling.config import (
     BATCHINGS,
     FUSIONS,
@@ -45,6 +45,7 @@ DEFAULTS = with_values(
         "threads": settings.threads,
     },
 )
+ADAPTATION_DEFAULTS = AdaptationConfig(seed=settings.seed, threads=settings.threads)
 OF_THE_DEPLOYMENT = ("device", "seed", "threads")
 CHOICES = {
     "batching": BATCHINGS,

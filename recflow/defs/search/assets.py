@@ -6,8 +6,9 @@ import dagster as dg
 from pydantic import Field
 
 from recflow.adapters.keys import CONFIGURATION, ITEMS, TRAIN, VALIDATION
-from recflow.defs.common import artifact_result, code_version_of, daily_asset, keys_of
-from recflow.defs.models.assets import POOL, pretrained_spec
+from recflow.defs.common import artifact_result, code_version_of, keys_of
+from recflow.defs.hardware import model_asset
+from recflow.defs.models.assets import pretrained_spec
 from recflow.defs.models.run_config import TrainingKeys, training_config
 from recflow.defs.resources import BaseModelResource, StoreResource, settings
 from recflow.defs.tracking import run_metadata, tracker_of
@@ -33,12 +34,11 @@ class SearchRunConfig(TrainingKeys):
     )
 
 
-@daily_asset(
+@model_asset(
     CONFIGURATION,
     group=GROUP,
     kinds={"optuna", "json"},
     deps=[pretrained_spec, *keys_of([TRAIN, VALIDATION, ITEMS])],
-    pool=POOL,
     code_version="1",
     description="Values of the training configuration that did best on the snapshot's validation "
     "split; models/fine_tuned of this day and later ones reads them.",

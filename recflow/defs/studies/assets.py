@@ -14,9 +14,11 @@ from recflow.adapters.keys import (
     TRAIN,
     VALIDATION,
 )
-from recflow.defs.common import Rebuild, artifact_result, code_version_of, daily_asset, keys_of
-from recflow.defs.models.assets import POOL, pretrained_spec
+from recflow.defs.common import Rebuild, artifact_result, code_version_of, keys_of
+from recflow.defs.hardware import model_asset
+from recflow.defs.models.assets import pretrained_spec
 from recflow.defs.models.run_config import (
+    ADAPTATION_DEFAULTS,
     CHOICES,
     OF_THE_DEPLOYMENT,
     TrainingKeys,
@@ -28,14 +30,12 @@ from recflow.defs.models.run_config import (
 )
 from recflow.defs.resources import BaseModelResource, StoreResource, settings
 from recflow.defs.tracking import run_metadata, tracker_of
-from recflow.modeling.adaptation_config import AdaptationConfig
 from recflow.modeling.config import with_values
 
 GROUP = "studies"
 # Matrices that start at zero take larger steps than weights that are already good: Hu et al. 2021
 # (LoRA) and Houlsby et al. 2019 (adapters) train with 10 to 30 times the usual rate.
 LARGER_STEPS = {"optimiser.encoder_learning_rate": 5e-4}
-ADAPTATION_DEFAULTS = AdaptationConfig(seed=settings.seed, threads=settings.threads)
 AdaptationKeys: type[Rebuild] = run_config(ADAPTATION_DEFAULTS, without=OF_THE_DEPLOYMENT)
 
 
@@ -69,12 +69,11 @@ class StrategiesRunConfig(TrainingKeys):
     bootstrap_samples: int = Field(1_000, description="Resamples behind each interval")
 
 
-@daily_asset(
+@model_asset(
     ADAPTED_ENCODER,
     group=GROUP,
     kinds={"pytorch", "huggingface"},
     deps=[pretrained_spec, *keys_of([TRAIN, ITEMS])],
-    pool=POOL,
     code_version="1",
     description="The pretrained encoder adapted to the texts of the snapshot, without a label; "
     "models/fine_tuned starts from it where its run config says so.",
@@ -102,12 +101,11 @@ def adapted_encoder(
     return artifact_result(ADAPTED_ENCODER, artifact, run_metadata(mlflow))
 
 
-@daily_asset(
+@model_asset(
     LABEL_EFFICIENCY_STUDY,
     group=GROUP,
     kinds={"pytorch", "parquet"},
     deps=[pretrained_spec, *keys_of([ADAPTED_ENCODER, TRAIN, VALIDATION, TEST, ITEMS])],
-    pool=POOL,
     code_version="1",
     description="What adapting the encoder gains where few clicks are known: rankers from the "
     "pretrained and the adapted encoder, at several shares of the clicks.",
@@ -146,12 +144,11 @@ def label_efficiency(
     return artifact_result(LABEL_EFFICIENCY_STUDY, artifact, {**table, **run_metadata(mlflow)})
 
 
-@daily_asset(
+@model_asset(
     STRATEGIES_STUDY,
     group=GROUP,
     kinds={"pytorch", "parquet"},
     deps=[pretrained_spec, *keys_of([TRAIN, VALIDATION, TEST, ITEMS])],
-    pool=POOL,
     code_version="1",
     description="All fine-tuning strategies on the same clicks: what each learns, takes and gains "
     "over the frozen encoder.",

@@ -303,7 +303,7 @@ class _Training:
                 refused.append(f"{ROOT} cannot be trained on {device.label}: {error}.")
         return tuple(costs), [
             *refused,
-            f"Of trainings that of {ROOT} is planned; of the steps that make the other models the "
+            f"Only the training of {ROOT} is planned; of the steps that make the other models the "
             "time that they took is shown.",
         ]
 
@@ -465,14 +465,16 @@ def _machine(devices: Mapping[str, Device]) -> Device:
 def _where(machine: Device, measurements: Sequence[Measurement]) -> str:
     """Where everything measured was measured, for people."""
     threads = sorted({each.threads for each in measurements})
-    with_threads = (
-        f", encoding with {' or '.join(map(str, threads))} of its cores" if threads else ""
-    )
+    timed = f"Encoding was timed with {_either(threads)}. " if threads else ""
     return (
-        f"Measured where recflow ran{with_threads}. Limits are those of the machine that wrote "
-        f"this report, {machine.label}: at its full rates, operations needed over matrix rate, or "
-        "bytes moved over bandwidth."
+        f"{timed}The limit of serving is what the full rates of {machine.label} would allow so "
+        "many threads; that of training is of the machine that trained."
     )
+
+
+def _either(threads: Sequence[int]) -> str:
+    unit = "thread" if threads == [1] else "threads"
+    return f"{' or '.join(map(str, threads))} {unit}"
 
 
 def _seconds(artifact: Artifact) -> float | None:

@@ -266,20 +266,35 @@ class _MoneyView:
         self.unplanned = [row for row in self.rows if row.model["note"]]
         sources: set[str] = {row.model["energy_source"] for row in self.rows}
         self.energy_sources = sorted(sources - {""})
+        self.is_metered = any(
+            row.model["measured_watt_hours_per_million"] is not None for row in self.rows
+        )
         self.assumed = [
-            device["label"]
-            for device in self.devices.values()
-            if not any(
-                cost["is_calibrated"]
-                for row in self.rows
-                for cost in (
-                    row.cost("serving", device["name"]),
-                    row.cost("training", device["name"]),
-                )
-                if cost
-            )
+            f"{run} on {devices}"
+            for run in ("serving", "training")
+            if (devices := self._assumed(run)) is not None
         ]
         self.chart = self._chart()
+
+    def _assumed(self, run: str) -> str | None:
+        """The devices on which no efficiency of a run was measured; ``None`` where all were."""
+        planned = {
+            name: [cost for row in self.rows if (cost := row.cost(run, name))]
+            for name in self.devices
+        }
+        known = {
+            name: any(cost["is_calibrated"] for cost in costs)
+            for name, costs in planned.items()
+            if costs
+        }
+        assumed = [name for name in known if not known[name]]
+        if not assumed:
+            return None
+        if len(assumed) == len(known):
+            return "every device"
+        if assumed == [name for name in known if self.devices[name]["kind"] == "gpu"]:
+            return "every GPU"
+        return "; ".join(self.devices[name]["label"] for name in assumed)
 
     def _shown(self, run: str) -> list[str]:
         """The devices that get a column: the cheapest ones, and one of each kind at least.
@@ -485,7 +500,7 @@ def _digits(value: float, digits: int = 3) -> str:
 def _money(usd: float | None) -> str:
     if usd is None:
         return "–"
-    return f"${usd:,.2f}" if usd >= 1 else f"${_digits(usd, 2)}"
+    return f"${usd:,.2f}" if usd >= 1 else f"${_digits(usd)}"
 
 
 def _watt_hours(energy: float | None) -> str:

@@ -152,14 +152,14 @@ def test_small_prices_keep_their_digits_and_infinite_ones_are_null(evaluation: E
     document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
     (model,) = document["costs"]["models"]
     assert [cost["usd"] for cost in model["serving"]] == [1.23457e-7, None]
-    assert "$0.00000012" in report_html(evaluation, MEASUREMENTS, context)
+    assert "$0.000000123" in report_html(evaluation, MEASUREMENTS, context)
 
 
 def test_page_shows_prices_limits_and_what_was_measured(section: str) -> None:
     parsed = Page(section)
     served, trained, compared, *_ = parsed.tables
     text = " ".join(parsed.text.split())
-    for shown in ("$0.043", "Tesla T4", "≤ 25.0 Wh", "limit 9,870", "does not fit", "0.0310 Wh"):
+    for shown in ("$0.0431", "Tesla T4", "≤ 25.0 Wh", "limit 9,870", "does not fit", "0.0310 Wh"):
         assert shown in served
     for shown in ("$1.25", "90.0 min", "limit 4.00 min", "≤ 1.50 kWh", "71.5 s", "not recorded"):
         assert shown in trained
@@ -168,21 +168,35 @@ def test_page_shows_prices_limits_and_what_was_measured(section: str) -> None:
     for shown in (COSTS.recommendation, COSTS.training_run, COSTS.machine, *COSTS.notes):
         assert shown in text
     assert "quantized: making it was not planned" in text
-    # The 8 cores are calibrated, the GPUs are not.
-    assert "Efficiencies are assumed, not measured, for Tesla T4, L4." in text
+    # Serving was calibrated on the 8 cores, training on none.
+    assert (
+        "Efficiencies are assumed, not measured, for serving on every GPU and for training on "
+        "every device." in text
+    )
+    assert "meter: RAPL: package-0" in text
     assert "price list of L4, 2026-11-25" in text
+
+
+def test_page_names_the_devices_that_were_assumed(evaluation: Evaluation) -> None:
+    served = (serving("cpu-8", 1.0), serving("t4", 1.0, measured=True), serving("l4", 1.0))
+    models = (ModelCost("fine_tuned", served, energy_source="no meter"),)
+    context = dataclasses.replace(CONTEXT, costs=dataclasses.replace(COSTS, models=models))
+    text = Page(section_of(report_html(evaluation, MEASUREMENTS, context))).text
+    assert "not measured, for serving on 8 cores; L4." in text
+    assert "No energy could be measured: no meter." in text
+    assert "energy as" not in text
 
 
 def test_page_marks_the_cheapest_device_of_each_model(section: str) -> None:
     served = section.split("<h3>")[1]
-    assert re.findall(r'class="kept">([^<]*)<', served) == ["$0.043"] * 2 + ["$0.011"] * 2
+    assert re.findall(r'class="kept">([^<]*)<', served) == ["$0.0431"] * 2 + ["$0.0107"] * 2
 
 
 def test_page_has_the_cheapest_price_among_its_headlines(evaluation: Evaluation) -> None:
     html = report_html(evaluation, MEASUREMENTS, WITH_COSTS)
     text = re.sub(r"\s+", " ", Page(html).text)
     headline = (
-        "a million recommendations, planned$0.043fine_tuned on Tesla T4; $0.011 for quantized"
+        "a million recommendations, planned$0.0431fine_tuned on Tesla T4; $0.0107 for quantized"
     )
     assert headline in text
     assert '<a href="#money">' in html

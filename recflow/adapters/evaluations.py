@@ -27,6 +27,8 @@ from recflow.adapters.keys import (
 from recflow.adapters.label_efficiency import label_shares
 from recflow.adapters.models import open_models, require_made_from, weights_hash
 from recflow.adapters.parquet_io import total_counts
+from recflow.adapters.planning import PlanningConfig
+from recflow.adapters.serving_plans import encoding_facts, plan_encoding
 from recflow.adapters.snapshots import Snapshot as StoredSnapshot
 from recflow.adapters.snapshots import load_snapshot
 from recflow.compression.family import ROOT, Family
@@ -134,6 +136,7 @@ def build_measurements(
     texts: int,
     config: MeasurementConfig,
     code_version: str,
+    planning: PlanningConfig | None = None,
     rebuild: bool = False,
 ) -> Artifact:
     """Measure size, latency, throughput and memory of every model of the snapshot.
@@ -145,6 +148,8 @@ def build_measurements(
         texts: Catalogue texts that are drawn to measure with.
         config: How to measure.
         code_version: Version of the measuring code.
+        planning: What is predicted with; the fact ``plan`` holds the predictions beside the
+            measurements, by model.
         rebuild: Measure again what was measured.
     """
     stored = load_snapshot(store, snapshot)
@@ -155,12 +160,15 @@ def build_measurements(
             min(texts, items.height), seed=int(make_rng(0, "measured texts").integers(2**31))
         )
         paths = {name: model.path for name, model in models.items()}
-        measurements = measure(paths, sample.to_list(), config)
+        drawn = sample.to_list()
+        planned = plan_encoding(family, models, drawn, config, planning or PlanningConfig())
+        measurements = measure(paths, drawn, config)
         content = [asdict(measurement) for measurement in measurements]
         text = json.dumps(content, indent=2, sort_keys=True)
         (draft.path / "measurements.json").write_text(text + "\n", encoding="utf-8")
         for measurement in measurements:
             draft.facts[measurement.name] = cast("JsonValue", asdict(measurement))
+        draft.facts |= encoding_facts(planned, measurements)
 
     return store.build(
         MEASUREMENTS,

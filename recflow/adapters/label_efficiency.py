@@ -14,6 +14,7 @@ import polars as pl
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import ADAPTED_ENCODER, LABEL_EFFICIENCY_STUDY
 from recflow.adapters.models import weights_hash
+from recflow.adapters.planning import PlanningConfig, require_training
 from recflow.adapters.snapshots import load_snapshot
 from recflow.adapters.training_inputs import adapted_encoder
 from recflow.core.artifacts import Artifact, Draft, JsonValue
@@ -74,6 +75,7 @@ def build_label_efficiency(
     tracker: Tracker,
     code_version: str,
     cache_directory: Path | None = None,
+    planning: PlanningConfig | None = None,
     rebuild: bool = False,
 ) -> Artifact:
     """Train from the pretrained and the adapted encoder with few and many labels, and compare.
@@ -90,18 +92,24 @@ def build_label_efficiency(
         tracker: Told what adapting gained at each share.
         code_version: Version of the comparing code.
         cache_directory: Where hidden states are kept (see ``train_ranker``).
+        planning: What a training on all labels is planned with, and what follows where memory is
+            short.
         rebuild: Train again what was trained.
 
     Raises:
         ArtifactError: The pretrained encoder, the snapshot or the adapted encoder is missing or
             not whole, or the latter was adapted from another encoder.
         ContractError: A sample of the impressions has nothing to learn from.
+        HardwareError: A training needs more memory than there is; none was begun.
     """
     stored = load_snapshot(store, snapshot)
     adapted = adapted_encoder(store, snapshot, base_model)
     starts: dict[Start, Path] = {"pretrained": base_model, "adapted": adapted.path}
 
     def compare(draft: Draft) -> None:
+        require_training(
+            stored, base_model=base_model, config=config, planning=planning or PlanningConfig()
+        )
         data = Snapshot(
             items=stored.items,
             train=stored.splits.train,

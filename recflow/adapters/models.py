@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import FINE_TUNED, TEST
-from recflow.adapters.planning import PlanningConfig, plan_of_training
+from recflow.adapters.planning import PlanningConfig, require_training
 from recflow.adapters.snapshots import Snapshot, load_snapshot
 from recflow.compression.family import ROOT, Family
 from recflow.core.artifacts import (
@@ -62,19 +62,11 @@ def build_fine_tuned(
         HardwareError: The training needs more memory than there is; nothing was begun.
     """
     data = load_snapshot(store, snapshot)
-    planning = planning or PlanningConfig()
 
     def train(draft: Draft) -> TrainingReport:
-        planned = plan_of_training(
-            items=data.items,
-            train=data.splits.train,
-            validation=data.splits.validation,
-            base_model=base_model,
-            config=config,
-            planning=planning,
-            other_table_bytes=int(data.splits.test.estimated_size()),
+        planned = require_training(
+            data, base_model=base_model, config=config, planning=planning or PlanningConfig()
         )
-        planned.require_memory(planning.memory)
         report = train_ranker(
             items=data.items,
             train=data.splits.train,

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, TypeAlias, cast
 import polars as pl
 import torch
 
+from recflow.adapters.snapshots import Snapshot
 from recflow.core.artifacts import JsonValue
 from recflow.core.columns import Columns
 from recflow.core.errors import ContractError, HardwareError
@@ -88,6 +89,7 @@ class PlannedTraining:
         config: How it is trained.
         workload: What it reads.
         machine: Where.
+        in_new_processes: Whether it runs in processes that are still to be started.
         plan: What it takes. The memory of the machine has the part ``held before``: what this
             process holds beyond the libraries and the tables, be it Dagster or earlier work.
     """
@@ -97,6 +99,7 @@ class PlannedTraining:
     workload: TrainingWorkload
     machine: Machine
     plan: TrainingPlan
+    in_new_processes: bool = False
 
     def advise(self, left: FreeMemory) -> list[Advice]:
         """What would make it fit into the memory that is left."""
@@ -112,9 +115,9 @@ class PlannedTraining:
 
     def require_memory(self, policy: MemoryPolicy) -> None:
         """Refuse to start where memory is short, or warn; see :func:`require_memory`."""
-        left = memory_left(
-            self.plan, free_memory(self.machine.accelerator), self.config.distribution.processes
-        )
+        left = free_memory(self.machine.accelerator)
+        if not self.in_new_processes:
+            left = memory_left(self.plan, left)
         require_memory(self.plan, left, lambda: self.advise(left), go_on=policy == "go_on")
 
     def facts(self, report: TrainingReport) -> dict[str, JsonValue]:
@@ -126,6 +129,43 @@ class PlannedTraining:
         }
 
 
+def require_training(
+    data: Snapshot,
+    *,
+    base_model: Path,
+    config: TrainingConfig,
+    planning: PlanningConfig,
+    in_new_process: bool = False,
+) -> PlannedTraining:
+    """Plan a training on a snapshot and refuse it where memory is short.
+
+    Args:
+        data: The snapshot, all of which this process holds.
+        base_model: Hugging Face directory of the encoder.
+        config: How it is going to be trained.
+        planning: What plans are made with, and what follows where memory is short.
+        in_new_process: Whether a process of its own is going to be started for it.
+
+    Raises:
+        ArtifactError: ``base_model`` has no readable ``config.json`` or ``tokenizer.json``.
+        ConfigError: The configuration does not fit the encoder or the machine.
+        ContractError: There is no impression to learn from.
+        HardwareError: It needs more memory than there is.
+    """
+    planned = plan_of_training(
+        items=data.items,
+        train=data.splits.train,
+        validation=data.splits.validation,
+        base_model=base_model,
+        config=config,
+        planning=planning,
+        other_table_bytes=int(data.splits.test.estimated_size()),
+        in_new_process=in_new_process,
+    )
+    planned.require_memory(planning.memory)
+    return planned
+
+
 def plan_of_training(
     *,
     items: pl.DataFrame,
@@ -135,6 +175,7 @@ def plan_of_training(
     config: TrainingConfig,
     planning: PlanningConfig,
     other_table_bytes: int = 0,
+    in_new_process: bool = False,
 ) -> PlannedTraining:
     """Plan a training for this machine, from the tables that it is going to read.
 
@@ -145,7 +186,8 @@ def plan_of_training(
         base_model: Hugging Face directory of the encoder.
         config: How it is going to be trained.
         planning: What plans are made with.
-        other_table_bytes: Memory of tables that this process holds besides.
+        other_table_bytes: Memory of tables that the process holds besides.
+        in_new_process: Whether a process of its own is going to be started for it.
 
     Raises:
         ArtifactError: ``base_model`` has no readable ``config.json`` or ``tokenizer.json``.
@@ -162,8 +204,10 @@ def plan_of_training(
     )
     shape, machine = EncoderShape.read(base_model), machine_of(config, planning)
     plan = plan_training(shape, config, workload, machine.device, machine.calibration)
-    plan = with_held(plan, own_memory(), config.distribution.processes)
-    return PlannedTraining(shape, config, workload, machine, plan)
+    starts = in_new_process or config.distribution.processes > 1
+    if not starts:
+        plan = with_held(plan, own_memory())
+    return PlannedTraining(shape, config, workload, machine, plan, starts)
 
 
 def machine_of(config: TrainingConfig, planning: PlanningConfig) -> Machine:
@@ -173,9 +217,23 @@ def machine_of(config: TrainingConfig, planning: PlanningConfig) -> Machine:
         ConfigError: PyTorch does not see the device, or the calibration is unreadable.
         HardwareError: The catalogue has no class of the kind.
     """
+    return _machine(choose_device(config.device), planning)
+
+
+def this_processor(planning: PlanningConfig) -> Machine:
+    """The machine without its GPUs, as models are served on it.
+
+    Raises:
+        ConfigError: The calibration is unreadable.
+        HardwareError: The catalogue has no processor.
+    """
+    return _machine(torch.device("cpu"), planning)
+
+
+def _machine(chosen: torch.device, planning: PlanningConfig) -> Machine:
     from recflow.hardware.catalogue import load_catalogue
 
-    chosen, file = choose_device(config.device), planning.calibration
+    file = planning.calibration
     accelerator = str(chosen) if chosen.type == "cuda" else None
     catalogue = load_catalogue(planning.catalogue)
     with mixed_precision(chosen):
@@ -244,15 +302,12 @@ def training_workload(
     )
 
 
-def with_held(plan: TrainingPlan, held: int, processes: int = 1) -> TrainingPlan:
+def with_held(plan: TrainingPlan, held: int) -> TrainingPlan:
     """The plan of a training in a process that already holds so many bytes.
 
     The planner counts a process of its own: libraries and tables. What else is in this one is added
-    as ``held before``, so that need and peak speak of the same process. Trainings of several
-    processes start new ones, and nothing is added.
+    as ``held before``, so that need and peak speak of the same process.
     """
-    if processes > 1:
-        return plan
     known = sum(plan.host_memory.parts.get(name, 0) for name in (_CONTEXT, _TABLES))
     more = max(0, held - known)
 
@@ -263,14 +318,11 @@ def with_held(plan: TrainingPlan, held: int, processes: int = 1) -> TrainingPlan
     return replace(plan, host_memory=host, memory=plan.memory if plan.device.is_gpu else host)
 
 
-def memory_left(plan: TrainingPlan, free: FreeMemory, processes: int = 1) -> FreeMemory:
-    """What a training of this process may use: what is free, and what the process holds of it.
+def memory_left(plan: TrainingPlan, free: FreeMemory) -> FreeMemory:
+    """What a training in this process may use: what is free, and what the process holds of it.
 
-    The plan counts libraries and tables, which are in memory already. Processes that are still to
-    be started hold nothing.
+    The plan counts libraries and tables, which are in memory already.
     """
-    if processes > 1:
-        return free
     return replace(free, host=free.host + min(own_memory(), plan.host_memory.total))
 
 
@@ -383,6 +435,14 @@ def compared_table(compared: Sequence[Measured]) -> str:
         f"| {row.error:+.0%} |"
         for row in compared
     ]
+    return "\n".join(lines)
+
+
+def compared_models_table(compared: Mapping[str, Sequence[Measured]]) -> str:
+    """The comparisons of several models as one Markdown table."""
+    lines = ["| model | | predicted | measured | error |", "|---|---|---:|---:|---:|"]
+    for model, rows in compared.items():
+        lines += [f"| {model} {line}" for line in compared_table(rows).splitlines()[2:]]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from typing import cast
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import CONFIGURATION, ITEMS, TRAIN, VALIDATION
 from recflow.adapters.models import weights_hash
+from recflow.adapters.planning import PlanningConfig, require_training
 from recflow.adapters.snapshots import load_snapshot
 from recflow.core.artifacts import Artifact, Draft, JsonValue, fingerprint_of
 from recflow.modeling.config import TrainingConfig
@@ -32,6 +33,7 @@ def build_configuration(
     cache_directory: Path,
     tracker: Tracker,
     code_version: str,
+    planning: PlanningConfig | None = None,
     rebuild: bool = False,
 ) -> Artifact:
     """Search the training configuration on a snapshot and store what was found.
@@ -50,11 +52,14 @@ def build_configuration(
         cache_directory: Hidden states shared by the trials and later trainings.
         tracker: Told the space and every trial's metric.
         code_version: Version of the searching code.
+        planning: What a training from the base configuration is planned with, and what follows
+            where memory is short; trials that take more are not planned.
         rebuild: Search again what was searched.
 
     Raises:
         ArtifactError: The pretrained encoder or the snapshot is missing or not whole.
         ConfigError: The space has an unknown key or an impossible value.
+        HardwareError: A training needs more memory than there is; no trial was begun.
     """
     check_space(config.space, base_config)
     data = load_snapshot(store, snapshot)
@@ -70,6 +75,9 @@ def build_configuration(
     study_path = studies / f"{snapshot}-{study[:16]}.db"
 
     def search(draft: Draft) -> None:
+        require_training(
+            data, base_model=base_model, config=base_config, planning=planning or PlanningConfig()
+        )
         if rebuild:
             study_path.unlink(missing_ok=True)
         report = search_configuration(

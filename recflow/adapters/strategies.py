@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import STRATEGIES_STUDY
 from recflow.adapters.models import weights_hash
+from recflow.adapters.planning import PlanningConfig, require_training
 from recflow.adapters.snapshots import load_snapshot
 from recflow.core.artifacts import Artifact, Draft, JsonValue
 from recflow.core.errors import ConfigError, PermanentError
@@ -71,6 +72,7 @@ def build_strategies(
     study: StrategiesConfig,
     tracker: Tracker,
     code_version: str,
+    planning: PlanningConfig | None = None,
     rebuild: bool = False,
 ) -> Artifact:
     """Train every strategy on a snapshot, score its test split, and compare.
@@ -85,11 +87,13 @@ def build_strategies(
         study: What is compared.
         tracker: Told the AUC of every strategy.
         code_version: Version of the comparing code.
+        planning: What the trainings are planned with, and what follows where memory is short.
         rebuild: Train again what was trained.
 
     Raises:
         ArtifactError: The pretrained encoder or the snapshot is missing or not whole.
         ConfigError: An override has an unknown key or an impossible value.
+        HardwareError: A strategy needs more memory than there is; none was begun.
         PermanentError: A strategy cannot be trained; names it and says why.
     """
     data = load_snapshot(store, snapshot)
@@ -99,6 +103,14 @@ def build_strategies(
     }
 
     def compare(draft: Draft) -> None:
+        for own in configs.values():
+            require_training(
+                data,
+                base_model=base_model,
+                config=own,
+                planning=planning or PlanningConfig(),
+                in_new_process=True,
+            )
         reports: dict[str, TrainingReport] = {}
         for strategy, own in configs.items():
             logger.info("training with the strategy %s", strategy)

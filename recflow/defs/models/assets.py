@@ -38,6 +38,7 @@ from recflow.defs.models.run_config import (
     training_values,
 )
 from recflow.defs.partitions import EARLIER
+from recflow.defs.planned import MEMORY, plan_metadata
 from recflow.defs.resources import BaseModelResource, StoreResource, family, settings
 from recflow.defs.tracking import run_metadata, tracker_of
 from recflow.modeling.config import with_values
@@ -67,6 +68,7 @@ class FineTuningConfig(TrainingKeys):
     start_from: Literal["pretrained", "adapted"] = Field(
         "pretrained", description="adapted: start from models/adapted_encoder of this day"
     )
+    memory: Literal["refuse", "go_on"] = Field("refuse", description=MEMORY)
 
 
 @model_asset(
@@ -91,6 +93,7 @@ def fine_tuned(
 ) -> dg.MaterializeResult:
     """Fine-tune the encoder."""
     from recflow.adapters.models import build_fine_tuned
+    from recflow.adapters.planning import PlanningConfig
     from recflow.adapters.training_inputs import training_inputs
 
     inputs = training_inputs(
@@ -113,6 +116,7 @@ def fine_tuned(
             checkpoints=settings.checkpoints_dir,
             tracker=tracker,
             code_version=code_version_of(context),
+            planning=PlanningConfig(config.memory, settings.calibration_file, settings.catalogue),
             rebuild=config.rebuild,
         )
         _log_datasets(tracker, store, context.partition_key)
@@ -221,7 +225,11 @@ def _model_result(
     key: str, artifact: Artifact, mlflow: Any, values: Mapping[str, Any] | None = None
 ) -> dg.MaterializeResult:
     epochs = artifact.facts.get("epochs")
-    extra: dict[str, Any] = {**run_metadata(mlflow), **(values or {})}
+    extra: dict[str, Any] = {
+        **plan_metadata(artifact.facts),
+        **run_metadata(mlflow),
+        **(values or {}),
+    }
     if isinstance(epochs, list):
         points = [epoch for epoch in epochs if isinstance(epoch, Mapping)]
         extra["learning_curve"] = curve_plot(points, "validation")

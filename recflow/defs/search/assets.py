@@ -1,6 +1,6 @@
 """The training configuration that did best on validation, found by trials."""
 
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 from pydantic import Field
@@ -10,6 +10,7 @@ from recflow.defs.common import artifact_result, code_version_of, keys_of
 from recflow.defs.hardware import model_asset
 from recflow.defs.models.assets import pretrained_spec
 from recflow.defs.models.run_config import TrainingKeys, training_config
+from recflow.defs.planned import MEMORY
 from recflow.defs.resources import BaseModelResource, StoreResource, settings
 from recflow.defs.tracking import run_metadata, tracker_of
 from recflow.modeling.search_space import (
@@ -32,6 +33,7 @@ class SearchRunConfig(TrainingKeys):
         description='What is searched, by dotted key: {"low": .., "high": .., "log": true} or '
         '{"choices": [..]}',
     )
+    memory: Literal["refuse", "go_on"] = Field("refuse", description=MEMORY)
 
 
 @model_asset(
@@ -51,6 +53,7 @@ def configuration(
     mlflow: dg.ResourceParam[Any],
 ) -> dg.MaterializeResult:
     """Search the training configuration."""
+    from recflow.adapters.planning import PlanningConfig
     from recflow.adapters.search import build_configuration, trials_table
 
     with tracker_of(mlflow, prefix="search.") as tracker:
@@ -69,6 +72,7 @@ def configuration(
             cache_directory=settings.cache_dir,
             tracker=tracker,
             code_version=code_version_of(context),
+            planning=PlanningConfig(config.memory, settings.calibration_file, settings.catalogue),
             rebuild=config.rebuild,
         )
     extra = {

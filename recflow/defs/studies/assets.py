@@ -1,6 +1,6 @@
 """Studies of the training engine on a snapshot; no model is served from them."""
 
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 from pydantic import Field
@@ -28,6 +28,7 @@ from recflow.defs.models.run_config import (
     run_config,
     training_config,
 )
+from recflow.defs.planned import MEMORY
 from recflow.defs.resources import BaseModelResource, StoreResource, settings
 from recflow.defs.tracking import run_metadata, tracker_of
 from recflow.modeling.config import with_values
@@ -53,6 +54,7 @@ class LabelEfficiencyRunConfig(TrainingKeys):
         10, description="Most often an impression of a small share is shown in an epoch"
     )
     bootstrap_samples: int = Field(1_000, description="Resamples behind each interval")
+    memory: Literal["refuse", "go_on"] = Field("refuse", description=MEMORY)
 
 
 class StrategiesRunConfig(TrainingKeys):
@@ -67,6 +69,7 @@ class StrategiesRunConfig(TrainingKeys):
         description="By strategy, what differs from the common keys, by dotted key",
     )
     bootstrap_samples: int = Field(1_000, description="Resamples behind each interval")
+    memory: Literal["refuse", "go_on"] = Field("refuse", description=MEMORY)
 
 
 @model_asset(
@@ -123,6 +126,7 @@ def label_efficiency(
         build_label_efficiency,
         label_efficiency_table,
     )
+    from recflow.adapters.planning import PlanningConfig
 
     with tracker_of(mlflow, prefix="label_efficiency.") as tracker:
         artifact = build_label_efficiency(
@@ -138,6 +142,7 @@ def label_efficiency(
             tracker=tracker,
             code_version=code_version_of(context),
             cache_directory=settings.cache_dir,
+            planning=PlanningConfig(config.memory, settings.calibration_file, settings.catalogue),
             rebuild=config.rebuild,
         )
     table = {"table": dg.MetadataValue.md(label_efficiency_table(artifact))}
@@ -161,6 +166,7 @@ def strategies(
     mlflow: dg.ResourceParam[Any],
 ) -> dg.MaterializeResult:
     """Compare the fine-tuning strategies."""
+    from recflow.adapters.planning import PlanningConfig
     from recflow.adapters.strategies import StrategiesConfig, build_strategies, strategies_table
 
     with tracker_of(mlflow, prefix="strategies.") as tracker:
@@ -176,6 +182,7 @@ def strategies(
             ),
             tracker=tracker,
             code_version=code_version_of(context),
+            planning=PlanningConfig(config.memory, settings.calibration_file, settings.catalogue),
             rebuild=config.rebuild,
         )
     extra = {"table": dg.MetadataValue.md(strategies_table(artifact)), **run_metadata(mlflow)}

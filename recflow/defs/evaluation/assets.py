@@ -31,6 +31,7 @@ from recflow.defs.common import (
 from recflow.defs.hardware import model_asset
 from recflow.defs.models.assets import pretrained_spec
 from recflow.defs.partitions import WINDOW, window_keys
+from recflow.defs.planned import plans_metadata
 from recflow.defs.resources import BaseModelResource, LogsResource, StoreResource, family, settings
 from recflow.defs.tracking import run_metadata, tracker_of
 
@@ -111,6 +112,7 @@ def measurements(
 ) -> dg.MaterializeResult:
     """Measure what the models cost."""
     from recflow.adapters.evaluations import build_measurements
+    from recflow.adapters.planning import PlanningConfig
     from recflow.compression.measure import MeasurementConfig
 
     artifact = build_measurements(
@@ -120,9 +122,12 @@ def measurements(
         texts=config.texts,
         config=MeasurementConfig(),
         code_version=code_version_of(context),
+        planning=PlanningConfig(
+            calibration=settings.calibration_file, catalogue=settings.catalogue
+        ),
         rebuild=config.rebuild,
     )
-    return artifact_result(MEASUREMENTS, artifact)
+    return artifact_result(MEASUREMENTS, artifact, plans_metadata(artifact.facts.get("plan")))
 
 
 @daily_asset(
@@ -137,8 +142,8 @@ def measurements(
             for key in keys_of([CLEANED_IMPRESSIONS, CLEANED_ITEMS])
         ),
     ],
-    code_version="2",
-    description="Accuracy with intervals beside latency, size and memory; one HTML and one JSON.",
+    code_version="3",
+    description="Accuracy with intervals beside latency, size, memory and money; HTML and JSON.",
 )
 def report(
     context: dg.AssetExecutionContext,
@@ -165,6 +170,8 @@ def report(
             seed=settings.seed,
         ),
         code_version=code_version_of(context),
+        catalogue=settings.catalogue,
+        calibration=settings.calibration_file,
         rebuild=config.rebuild,
     )
     with tracker_of(mlflow, prefix="report.") as tracker:

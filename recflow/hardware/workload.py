@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 from recflow.core.errors import ConfigError
@@ -80,16 +81,24 @@ class TextLengths:
             buckets: Whether texts of similar length share a batch.
             padded_to: Length that all are padded to; ``None`` for the longest of the batch.
         """
-        lengths = self.drawn(texts) if texts else []
-        if not buckets:
-            # Any order of the texts: the expected longest of a batch is that of a spread sample.
-            longest = self.drawn(min(size, texts))[-1] if texts else 0
-            lengths = [longest] * texts
-        found: list[tuple[int, int]] = []
-        for start in range(0, texts, size):
-            batch = lengths[start : start + size]
-            found.append((len(batch), padded_to or batch[-1]))
-        return found
+        return list(_batches(self, texts, size, buckets, padded_to))
+
+
+# The same texts are planned for on every device.
+@lru_cache(maxsize=256)
+def _batches(
+    distribution: TextLengths, texts: int, size: int, buckets: bool, padded_to: int | None
+) -> tuple[tuple[int, int], ...]:
+    lengths = distribution.drawn(texts) if texts else []
+    if not buckets:
+        # Any order of the texts: the expected longest of a batch is that of a spread sample.
+        longest = distribution.drawn(min(size, texts))[-1] if texts else 0
+        lengths = [longest] * texts
+    found: list[tuple[int, int]] = []
+    for start in range(0, texts, size):
+        batch = lengths[start : start + size]
+        found.append((len(batch), padded_to or batch[-1]))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from recflow.modeling.texts import TOKENIZER_NAME
 logger = logging.getLogger("recflow.hardware")
 
 _ADDED: Final = "recflow."  # what recflow.modeling.encoder adds to a pretrained encoder
+_LAYER: Final = re.compile(r"\.\d+\.")
+_MATRIX: Final = 2
 _MASK, _VALUES = ".packed_mask", ".packed_values"  # of recflow.modeling.packing
 
 
@@ -156,6 +159,15 @@ class _Header:
         """Weights of one tensor."""
         return math.prod(self.shapes[name])
 
+    def matrix_sizes(self) -> int:
+        """Distinct sizes among the matrices of the layers, whose names have the layer's number."""
+        sizes = {
+            tuple(shape)
+            for name, shape in self.shapes.items()
+            if len(shape) == _MATRIX and not name.startswith(_ADDED) and _LAYER.search(name)
+        }
+        return max(1, len(sizes))
+
 
 def _torch_model(path: Path, config: Mapping[str, Any]) -> ServedModel:
     try:
@@ -177,6 +189,7 @@ def _torch_model(path: Path, config: Mapping[str, Any]) -> ServedModel:
             low_rank_share=share,
             zero_share=min(header.zeros / matrices, 1 - 1e-9),
             dimension=None if projection is None else int(projection),
+            matrix_sizes=header.matrix_sizes(),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the encoder's description in {path} cannot be used: {error!r}") from (

@@ -62,6 +62,8 @@ _HEAD_WIDTH: Final = 32
 _CATEGORY_WIDTH: Final = 16
 _SUMMARIES: Final = 12  # six of each of two channels: recflow.modeling.late_fusion
 _SUMMARY_OPERATIONS: Final = 5
+_LAYER_SIZES: Final = 3  # of a layer's matrices: square, up and down
+_KERNELS: Final = 1024  # that oneDNN keeps: ONEDNN_PRIMITIVE_CACHE_CAPACITY
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class ServedModel:
             else.
         dimension: Width of the vectors; ``None`` for that of the hidden states.
         block_size: Weights that share a scale in ``int4``.
+        matrix_sizes: Distinct sizes among the matrices of all layers; ``None`` where all layers are
+            alike.
     """
 
     shape: EncoderShape
@@ -89,6 +93,7 @@ class ServedModel:
     zero_share: float = 0.0
     dimension: int | None = None
     block_size: int = 32
+    matrix_sizes: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError at the first impossible value."""
@@ -110,6 +115,8 @@ class ServedModel:
             raise ConfigError.of("dimension", self.dimension, "at least 1")
         if self.block_size < 1:
             raise ConfigError.of("block_size", self.block_size, "at least 1")
+        if self.matrix_sizes is not None and self.matrix_sizes < 1:
+            raise ConfigError.of("matrix_sizes", self.matrix_sizes, "at least 1")
 
     @classmethod
     def of(cls, shape: EncoderShape, precision: str = "fp32") -> ServedModel:
@@ -247,6 +254,7 @@ class _Serving:
             "item vectors": self.item_vectors(),
             "index": self.index(),
             "request": self.request(),
+            "kernels": self.kernels(),
         }
         if self.device.is_gpu:
             del serving["tokenizer"]
@@ -324,6 +332,13 @@ class _Serving:
         if not self.workload.texts:
             return 0.0
         return max(self.activations(texts, length) for texts, length in self.batches())
+
+    def kernels(self) -> float:
+        """Bytes that the sizes of matrices and batches take, each for itself."""
+        if self.device.is_gpu or not self.half or not self.workload.texts:
+            return 0.0
+        sizes = self.model.matrix_sizes or _LAYER_SIZES
+        return min(_KERNELS, sizes * len(set(self.batches()))) * self.factors.kernel_bytes
 
     def activations(self, texts: int, length: int) -> float:
         """Bytes of one layer of one batch, which the next layer uses again."""

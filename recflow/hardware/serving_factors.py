@@ -52,6 +52,8 @@ class ServingFactors:
         token_bytes: Memory of a tokenizer by token of its vocabulary.
         text_seconds: Seconds to tokenise a text and put it into its batch.
         score_seconds: Seconds to rank the candidates of one user, beside the arithmetic.
+        kernel_bytes: Bytes that each size of a matrix and of a batch takes in bfloat16: oneDNN's
+            kernel, and blocks of the heap that other sizes cannot use again.
         allocator: Bytes held for a byte of activations, by precision where it matters, else by
             runtime.
         source: Where the factors are from.
@@ -66,6 +68,7 @@ class ServingFactors:
     token_bytes: float
     text_seconds: float
     score_seconds: float
+    kernel_bytes: float
     allocator: Mapping[str, float]
     source: str
 
@@ -120,6 +123,7 @@ _CPU: Final = ServingFactors(
     token_bytes=200.0,
     text_seconds=25e-6,
     score_seconds=1.5e-3,
+    kernel_bytes=0.75 * _MEBIBYTE,
     allocator=MappingProxyType(
         {
             "torch": 1.1,
@@ -132,9 +136,14 @@ _CPU: Final = ServingFactors(
     source="memory: fresh processes of random encoders; times: estimates, not fitted yet",
 )
 
-# NVIDIA's table for BERT-large, 384 tokens, batch 4, one V100 (15.7 TFLOPS in float32, 125 in half
-# precision): 35.76 and 112.60 texts a second, at 246 GFLOP a text, are shares of 0.56 and 0.22.
-# https://github.com/NVIDIA/DeepLearningExamples/blob/master/PyTorch/LanguageModeling/BERT/README.md
+# Published: BERT-large in PyTorch, 384 tokens, batch 4, on one V100 of a DGX-2 gives 35.76 texts a
+# second in float32 and 112.60 in mixed precision. At 246 GFLOP a text those are shares of 0.56 and
+# 0.22 of the V100's 15.7 TFLOPS in float32 and 125 in half precision.
+# https://github.com/NVIDIA/DeepLearningExamples/blob/23a6382cbe8f77c22b0a7b7d263191ee6b947dfa/PyTorch/LanguageModeling/BERT/README.md
+# Peaks: https://developer.nvidia.com/programming-tensor-cores-cuda-9-0 (125) and
+# https://github.com/avensun/deep-learning-benchmark (both).
+# Assumed: that other GPUs, ONNX Runtime and integers reach the shares of these two, the shares of
+# the bandwidth, the seconds of a layer and of a call, the driver's memory, and the allocators'.
 _GPU: Final = ServingFactors(
     is_measured=False,
     speeds=MappingProxyType(
@@ -155,6 +164,8 @@ _GPU: Final = ServingFactors(
     token_bytes=_CPU.token_bytes,
     text_seconds=_CPU.text_seconds,
     score_seconds=_CPU.score_seconds,
+    kernel_bytes=0.0,
     allocator=MappingProxyType({"torch": 1.2, "onnxruntime": 1.2}),
-    source="published: NVIDIA DeepLearningExamples, BERT inference on one V100; not measured here",
+    source="matrix shares of PyTorch from NVIDIA's published BERT-large inference on one V100; "
+    "everything else, ONNX Runtime and integers included, is assumed; nothing was measured here",
 )

@@ -118,6 +118,15 @@ def test_pruned_layers_count_by_their_mean(tmp_path: Path, base: Path) -> None:
     assert shape.matrix_parameters == MATRICES / 2
 
 
+def test_sizes_of_matrices_are_counted_once(tmp_path: Path, base: Path) -> None:
+    encoder = load_pretrained(base)
+    assert served_model(stored(tmp_path / "whole", encoder)).matrix_sizes == 3
+    pruned(encoder)
+    # 8 x 32, 32 x 8, 24 x 32, 32 x 24 of layer 0 and, of layer 1, 40 x 32, 32 x 40; its 24
+    # dimensions of three heads are sizes that layer 0 has.
+    assert served_model(stored(tmp_path / "pruned", encoder)).matrix_sizes == 6
+
+
 def test_low_rank_share_is_that_of_all_layers(tmp_path: Path, base: Path) -> None:
     encoder = load_pretrained(base)
     low_rank(encoder)

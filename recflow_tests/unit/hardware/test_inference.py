@@ -85,6 +85,19 @@ def test_zeros_shrink_the_file_only() -> None:
     assert plans[0].memory.parts["weights"] == plans[1].memory.parts["weights"]
 
 
+def test_layers_of_their_own_sizes_need_kernels_of_their_own() -> None:
+    many = replace(TEXTS, items=200_000)  # a service in which loading is not the largest moment
+    one, two = (replace(many, lengths=TextLengths(lengths)) for lengths in ((10,), (10, 20)))
+
+    def kernels(model: ServedModel, workload: InferenceWorkload, device: Device = CPU) -> int:
+        return plan_inference(model, workload, device).memory.parts.get("kernels", 0)
+
+    unlike = ServedModel(MINILM, matrix_sizes=30)
+    assert kernels(unlike, one) == 10 * kernels(ServedModel(MINILM), one) > 0
+    assert kernels(unlike, two) == 2 * kernels(unlike, one)
+    assert kernels(unlike, one, replace(CPU, teraflops={"fp32": 0.4})) == 0
+
+
 def test_memory_grows_with_items_and_with_the_batch() -> None:
     model = ServedModel.of(MINILM, "int8_static")
     scored = replace(TEXTS, candidates=10, history=5)
@@ -130,6 +143,7 @@ def test_nothing_is_faster_than_the_limit() -> None:
         ({"low_rank_share": 0.0}, "low_rank_share"),
         ({"zero_share": 1.0}, "zero_share"),
         ({"weight_bytes": 0}, "weight_bytes"),
+        ({"matrix_sizes": 0}, "matrix_sizes"),
     ],
 )
 def test_impossible_models_are_refused(change: dict[str, object], message: str) -> None:

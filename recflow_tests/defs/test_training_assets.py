@@ -1,5 +1,6 @@
 """The assets of the training engine, run by Dagster on a stored snapshot with a tiny encoder."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from recflow.adapters import planning
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import (
     ADAPTED_ENCODER,
@@ -20,6 +22,7 @@ from recflow.defs.resources import BaseModelResource, StoreResource
 from recflow.defs.search import assets as search
 from recflow.defs.studies import assets as studies
 from recflow.defs.tracking import mlflow_resource
+from recflow.hardware.machine import FreeMemory
 from recflow.settings import load_settings
 from recflow_tests.unit.adapters.tiny_snapshot import store_snapshot
 from recflow_tests.unit.modeling.tiny import write_base_model
@@ -149,6 +152,52 @@ def test_values_that_do_not_go_together_end_the_step_with_a_sentence(
     config = {"tuning": {"strategy": "adalora", "rank": 30}, "configuration": "ignore"}
     refused = deployment.run(FINE_TUNED, config, fails=True)
     assert "initial_rank = 24 is not allowed; allowed: more than rank 30" in refused["error"]
+
+
+def test_what_was_planned_is_shown_beside_what_was_measured(deployment: Deployment) -> None:
+    shown = deployment.run(FINE_TUNED, {**TINY, "configuration": "ignore", "rebuild": True})
+    facts = deployment.store.get(FINE_TUNED, DAY).facts
+    rows: Any = facts["plan"]
+    compared = {row["name"]: row for row in rows}
+    assert compared.keys() >= {"head step", "encoder step", "training"}
+    assert shown["plan"].startswith("| | predicted | measured | error |")
+    assert all(f"\n| {name} | " in shown["plan"] for name in compared)
+    step = compared["encoder step"]
+    assert shown["predicted_step_seconds"] == step["predicted"] > 0
+    assert shown["measured_step_seconds"] == step["measured"] > 0
+    if peak := compared.get("peak memory"):  # this process may have held more before
+        assert shown["predicted_peak_memory_bytes"] == peak["predicted"]
+        assert shown["measured_peak_memory_bytes"] == facts["peak_rss_bytes"]
+
+
+def test_a_training_without_memory_is_refused_unless_told_to_go_on(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stored() -> list[Path]:
+        return sorted(path for path in (deployment.home / "store").rglob("*") if path.is_file())
+
+    monkeypatch.setattr(planning, "free_memory", lambda _: FreeMemory(1_000))
+    monkeypatch.setattr(planning, "own_memory", lambda: 0)
+    config = {**TINY, "configuration": "ignore", "tuning": {"tuned_layers": 1, "rank": 5}}
+    before = stored()
+    refusal = r"HardwareError: this training needs .* set memory: go_on"
+    for key in (FINE_TUNED, CONFIGURATION, STRATEGIES_STUDY):
+        own = config if key == FINE_TUNED else {**TINY, "tuning": {"rank": 5}}
+        refused = deployment.run(key, own, NEXT_DAY, fails=True)
+        (sentence,) = re.findall(refusal, refused["error"])
+        assert "the largest part is " in sentence
+        assert stored() == before
+
+    shown = deployment.run(FINE_TUNED, {**config, "memory": "go_on"}, NEXT_DAY)
+    told = deployment.store.get(FINE_TUNED, NEXT_DAY)
+    assert shown["digest"] == told.digest
+    assert "memory" not in told.manifest.config
+    monkeypatch.undo()
+    again = deployment.run(FINE_TUNED, {**config, "rebuild": True}, NEXT_DAY)
+    assert again["digest"] == told.digest
+    assert deployment.store.get(FINE_TUNED, NEXT_DAY).manifest.fingerprint == (
+        told.manifest.fingerprint
+    )
 
 
 @pytest.mark.integration

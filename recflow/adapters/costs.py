@@ -39,16 +39,18 @@ from recflow.hardware.machine import this_machine
 from recflow.hardware.plan import InferencePlan, Stage, TrainingPlan
 from recflow.hardware.planner import plan_training
 from recflow.hardware.shape import EncoderShape
+from recflow.hardware.steps import plan_step
 from recflow.hardware.workload import InferenceWorkload, TextLengths, TrainingWorkload
 from recflow.modeling.batching import spread
 from recflow.modeling.config import TrainingConfig, config_from
 from recflow.modeling.layout import read_ranker_config
 from recflow.modeling.reports import TrainingReport
-from recflow.modeling.texts import TOKENIZER_NAME, TextTokenizer
+from recflow.modeling.texts import BUCKET_SIZE, TOKENIZER_NAME, TextTokenizer
 
 TEXTS_PER_SECOND: Final = "texts/s"
 """Unit of throughput in comparisons."""
 
+_WHOLE: Final = "training"  # of all that recflow.adapters.planning compares
 _SAMPLED_TEXTS: Final = 2_000
 _MILLION: Final = 1e6
 _HOUR: Final = 3_600.0
@@ -159,6 +161,7 @@ class Demand:
             candidates=self.candidates,
             texts=self.texts,
             lengths=lengths,
+            batch=BUCKET_SIZE,
         )
 
     def sentences(self) -> str:
@@ -199,15 +202,15 @@ def cost_section(
     demand = Demand.of(data, int(user_model["history_length"]))
     machine = _machine(prices.devices)
     serving = _servings(family, models, data, demand)
-    training, refused = _training_of(models[ROOT], data)
-    planned, impossible = training.costs(prices) if training else ((), [refused])
+    makings, unplanned = _makings(family, models, serving, data)
+    training, impossible = _training_costs(makings, prices)
     measured = {each.name: each for each in measurements}
-    compared, missing = _compared(models, serving, training, measured, measured_plans, machine)
+    compared, missing = _compared(models, serving, makings, measured, measured_plans, machine)
     costs = [
         ModelCost(
             name,
             serving=serving[name].costs(prices) if name in serving else (),
-            training=planned if name == ROOT else (),
+            training=training.get(name, ()),
             note="" if name in serving else "serving it is not planned: its sizes are unknown.",
             measured_seconds=_seconds(artifact),
             measured_watt_hours=_watt_hours(measured.get(name), demand),
@@ -215,16 +218,17 @@ def cost_section(
         )
         for name, artifact in models.items()
     ]
-    root = serving.get(ROOT)
+    root, of_root = serving.get(ROOT), makings.get(ROOT)
     return CostSection(
         devices=tuple(_priced(device) for device in prices.devices.values()),
         models=tuple(costs),
         compared=tuple(compared),
         recommendation=demand.sentences(),
-        training_run=training.sentences() if training else "",
+        training_run=of_root.sentences() if isinstance(of_root, _Training) else "",
         machine=_where(machine, measurements),
         notes=(
             *([root.without_kept_vectors(prices)] if root else []),
+            *unplanned,
             *impossible,
             *missing,
             *_energy_notes(costs),
@@ -248,10 +252,9 @@ class _Serving:
             for device in prices.devices.values()
         )
 
-    def limit(self, device: Device, threads: int) -> float | None:
-        """Texts a second at the full rates of so many threads; ``None`` where it has fewer."""
-        if threads > device.cores:
-            return None
+    def limit(self, device: Device, threads: int) -> float:
+        """Texts a second at the full rates of so many threads, or of all cores if fewer."""
+        threads = min(threads, device.cores)
         plan = plan_inference(self.model, self.asked, device, threads=threads)
         return plan.limit_texts_per_second
 
@@ -292,78 +295,152 @@ class _Training:
     config: TrainingConfig
     workload: TrainingWorkload
 
-    def costs(self, prices: PriceList) -> tuple[tuple[TrainingCost, ...], list[str]]:
-        """Running it, a device each, and why it cannot run on the others."""
-        costs: list[TrainingCost] = []
-        refused: list[str] = []
-        for device in prices.devices.values():
-            try:
-                costs.append(_training_cost(self.plan(device, prices.calibration_of(device))))
-            except ConfigError as error:
-                refused.append(f"{ROOT} cannot be trained on {device.label}: {error}.")
-        return tuple(costs), [
-            *refused,
-            f"Only the training of {ROOT} is planned; of the steps that make the other models the "
-            "time that they took is shown.",
-        ]
-
     def plan(self, device: Device, calibration: Calibration | None = None) -> TrainingPlan:
-        """Plan it for a device."""
+        """Plan it for a device.
+
+        Raises:
+            ConfigError: The configuration does not fit the device.
+        """
         return plan_training(self.shape, self.config, self.workload, device, calibration)
 
     def limits(self, artifact: Artifact, machine: Device) -> dict[str, float]:
         """Seconds that the full rates of the machine that trained would have left.
 
-        By name of what was compared. The stages are those that were planned on that machine.
+        By name of what was compared. The stages are those that were planned on that machine, or
+        for this one where none were.
         """
-        planned = artifact.facts.get("planned_training")
         names = [field.name for field in fields(TrainingReport)]
-        if not isinstance(planned, dict) or not set(names) <= artifact.facts.keys():
+        facts = {name: artifact.facts[name] for name in names if name in artifact.facts}
+        try:
+            plan, report = self.plan(machine), TrainingReport.from_dict(facts)
+        except (ConfigError, KeyError, TypeError):  # it cannot run here, or another recflow ran it
             return {}
-        stages = [Stage(**cast("Any", stage)) for stage in cast("list[Any]", planned["stages"])]
+        planned, stages = artifact.facts.get("planned_training"), plan.stages
+        if isinstance(planned, dict):
+            stages = [Stage(**cast("Any", stage)) for stage in cast("list[Any]", planned["stages"])]
         plan = replace(
-            self.plan(machine),
-            stages=tuple(replace(stage, seconds=stage.limit_seconds) for stage in stages),
+            plan, stages=tuple(replace(stage, seconds=stage.limit_seconds) for stage in stages)
         )
-        report = TrainingReport.from_dict({name: artifact.facts[name] for name in names})
         rows = measured_beside(plan, report)
         return {row.name: row.predicted for row in rows if row.unit == "seconds"}
 
     def sentences(self) -> str:
         """What one run is, for people."""
-        schedule, workload = self.config.schedule, self.workload
+        schedule = self.config.schedule
         return (
             f"One training run makes {ROOT} of its pretrained encoder "
-            f"({self.config.tuning.strategy}): {workload.clicks:,} clicks an epoch, "
+            f"({self.config.tuning.strategy}): {self.workload.clicks:,} clicks an epoch, "
             f"{schedule.head_epochs} epochs of the user model and {schedule.encoder_epochs} of the "
-            "encoder, none ended early. That of another model is its step from its parent."
+            "encoder, none ended early. That of another model is its step from its parent, in a "
+            "process of its own."
         )
 
 
-def _training_of(root: Artifact, data: Snapshot) -> tuple[_Training | None, str]:
-    """The root's training as it was configured; or why it cannot be planned."""
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The step that makes a model from its parent."""
+
+    kind: str
+    parent: EncoderShape
+    child: EncoderShape
+    config: Mapping[str, Any]
+    workload: TrainingWorkload
+
+    def plan(self, device: Device, calibration: Calibration | None = None) -> TrainingPlan:
+        """Plan it for a device.
+
+        Raises:
+            ConfigError: The device is a GPU, which steps do not use.
+        """
+        return plan_step(
+            self.kind, self.parent, self.child, self.config, self.workload, device, calibration
+        )
+
+    def limits(self, _: Artifact, machine: Device) -> dict[str, float]:
+        """Seconds that the full rates of this machine would leave, as ``training``."""
+        return {_WHOLE: self.plan(machine).limit_seconds}
+
+
+def _makings(
+    family: Family,
+    models: Mapping[str, Artifact],
+    serving: Mapping[str, _Serving],
+    data: Snapshot,
+) -> tuple[dict[str, _Training | _Step], list[str]]:
+    """How each model is made, and why that of some cannot be planned."""
+    try:
+        root = _training_of(models[ROOT], data)
+    except (ArtifactError, ConfigError, ContractError, KeyError) as error:
+        return {}, [f"The training of {ROOT} cannot be planned: {error}."]
+    found: dict[str, _Training | _Step] = {ROOT: root}
+    for name, variant in family.variants.items():
+        if name in serving and variant.parent in serving:
+            values = models[name].manifest.config
+            found[name] = _Step(
+                variant.step.name,
+                _shape_of(serving[variant.parent].model),
+                _shape_of(serving[name].model),
+                # Values that a later recflow added have their defaults.
+                {**asdict(variant.config), **values},
+                root.workload,
+            )
+    unplanned = [name for name in models if name not in found]
+    return found, [f"Making {name} is not planned." for name in unplanned]
+
+
+def _training_of(root: Artifact, data: Snapshot) -> _Training:
+    """The root's training as it was configured."""
     names = {field.name for field in fields(TrainingConfig)}
     values = {key: value for key, value in root.manifest.config.items() if key in names}
-    try:
-        config = config_from(TrainingConfig, values)
-        transformer = read_ranker_config(root.path)["encoder"]["transformer"]
-        workload = training_workload(
-            items=data.items,
-            train=data.splits.train,
-            validation=data.splits.validation,
-            tokenizer=root.path / TOKENIZER_NAME,
-            config=config,
-            other_table_bytes=int(data.splits.test.estimated_size()),
+    config = config_from(TrainingConfig, values)
+    transformer = read_ranker_config(root.path)["encoder"]["transformer"]
+    workload = training_workload(
+        items=data.items,
+        train=data.splits.train,
+        validation=data.splits.validation,
+        tokenizer=root.path / TOKENIZER_NAME,
+        config=config,
+        other_table_bytes=int(data.splits.test.estimated_size()),
+    )
+    return _Training(EncoderShape.from_config(transformer), config, workload)
+
+
+def _shape_of(model: ServedModel) -> EncoderShape:
+    """The sizes with products of two narrow matrices counted as what is left of the matrices."""
+    shape = model.shape
+    kept = shape.matrix_parameters * model.low_rank_share
+    lost = shape.matrix_parameters - kept
+    return replace(shape, matrix_parameters=kept, layer_parameters=shape.layer_parameters - lost)
+
+
+def _training_costs(
+    makings: Mapping[str, _Training | _Step], prices: PriceList
+) -> tuple[dict[str, tuple[TrainingCost, ...]], list[str]]:
+    """Making each model on each device, and why some cannot be made on some."""
+    found: dict[str, tuple[TrainingCost, ...]] = {}
+    notes: list[str] = []
+    for name, making in makings.items():
+        costs: list[TrainingCost] = []
+        for device in prices.devices.values():
+            if isinstance(making, _Step) and device.is_gpu:
+                continue
+            try:
+                costs.append(_training_cost(making.plan(device, prices.calibration_of(device))))
+            except ConfigError as error:
+                notes.append(f"{name} cannot be made on {device.label}: {error}.")
+        found[name] = tuple(costs)
+    if any(isinstance(making, _Step) for making in makings.values()):
+        notes.append(
+            "Smaller models are made on processors: their steps are not planned for GPUs. Planned "
+            "runs start with their process, measured ones when it has loaded its libraries."
         )
-        return _Training(EncoderShape.from_config(transformer), config, workload), ""
-    except (ArtifactError, ConfigError, ContractError, KeyError) as error:
-        return None, f"The training of {ROOT} cannot be planned: {error}."
+    return found, notes
 
 
 def _compared(
     models: Mapping[str, Artifact],
     serving: Mapping[str, _Serving],
-    training: _Training | None,
+    makings: Mapping[str, _Training | _Step],
     measured: Mapping[str, Measurement],
     measured_plans: Mapping[str, JsonValue],
     machine: Device,
@@ -372,12 +449,19 @@ def _compared(
     found: list[PlannedAndMeasured] = []
     notes: list[str] = []
     for name, artifact in models.items():
-        limits = training.limits(artifact, machine) if training and name == ROOT else {}
+        limits = makings[name].limits(artifact, machine) if name in makings else {}
+        rows, seconds = compared_facts(artifact.facts), _seconds(artifact)
         found += [
             PlannedAndMeasured(name, "training", **asdict(row), limit=limits.get(row.name))
-            for row in compared_facts(artifact.facts)
+            for row in rows
         ]
-    if not any(row.model == ROOT for row in found):
+        if seconds is not None and not any(row.name == _WHOLE for row in rows):
+            found.append(
+                PlannedAndMeasured(
+                    name, "training", _WHOLE, "seconds", None, seconds, limits.get(_WHOLE)
+                )
+            )
+    if not compared_facts(models[ROOT].facts):
         notes.append(
             f"No prediction was kept when {ROOT} was trained; materialise "
             f"{models[ROOT].manifest.key} again for one."
@@ -468,7 +552,7 @@ def _where(machine: Device, measurements: Sequence[Measurement]) -> str:
     timed = f"Encoding was timed with {_either(threads)}. " if threads else ""
     return (
         f"{timed}The limit of serving is what the full rates of {machine.label} would allow so "
-        "many threads; that of training is of the machine that trained."
+        "many threads. That of a training is of the machine that planned it, else of this one."
     )
 
 

@@ -103,9 +103,14 @@ def test_every_model_is_planned_on_every_device(section: CostSection) -> None:
         for cost in model.serving:
             assert 0 < cost.texts_per_second <= cost.limit_texts_per_second
             assert cost.fits
-    assert [cost.device for cost in section.models[0].training] == devices
-    for cost in section.models[0].training:
-        assert 0 < cost.limit_seconds <= cost.seconds
+        for run in model.training:
+            assert 0 < run.limit_seconds <= run.seconds
+    root, *others = (tuple(cost.device for cost in model.training) for model in section.models)
+    assert list(root) == devices
+    # Steps that make smaller models run on processors.
+    processors = tuple(name for name, device in load_catalogue().items() if not device.is_gpu)
+    assert others == [processors] * 2
+    assert sum("not planned for GPUs" in note for note in section.notes) == 1
 
 
 def test_prices_follow_from_time_and_the_hourly_price(section: CostSection) -> None:
@@ -169,8 +174,7 @@ def test_whether_factors_were_measured_passes_through(section: CostSection) -> N
 
 
 def test_predictions_stand_beside_measurements_with_the_limit(section: CostSection) -> None:
-    training = [row for row in section.compared if row.run == "training"]
-    assert {row.model for row in training} == {"fine_tuned"}
+    training = [r for r in section.compared if (r.model, r.run) == ("fine_tuned", "training")]
     whole = next(row for row in training if row.name == "training")
     # The plan was made and kept before the training; no training outruns the machine.
     assert whole.predicted is not None
@@ -178,7 +182,7 @@ def test_predictions_stand_beside_measurements_with_the_limit(section: CostSecti
     assert 0 < whole.limit < min(whole.measured, whole.predicted)
     assert next(row for row in training if row.unit == "bytes").limit is None
 
-    (speed, memory) = [row for row in section.compared if row.model == "small"]
+    speed, memory = [r for r in section.compared if (r.model, r.run) == ("small", "inference")]
     assert (speed.predicted, speed.measured) == (120.0, 100.0)
     assert speed.limit is not None
     assert speed.limit > 120.0
@@ -189,7 +193,48 @@ def test_what_was_never_predicted_is_not_predicted_afterwards(section: CostSecti
     (row,) = [r for r in section.compared if (r.model, r.run) == ("trimmed", "inference")]
     assert (row.predicted, row.measured) == (None, MEASURED.texts_per_second)
     assert row.limit is not None
+    (step,) = [r for r in section.compared if (r.model, r.run) == ("trimmed", "training")]
+    assert (step.name, step.predicted) == ("training", None)
+    assert step.limit is not None
+    assert 0 < step.limit < step.measured
     assert sum("fine_tuned, trimmed were measured" in note for note in section.notes) == 1
+
+
+def test_a_root_of_another_recflow_is_priced_with_what_is_known(
+    plan: Callable[..., CostSection], models: dict[str, Artifact]
+) -> None:
+    root = models["fine_tuned"]
+
+    def changed(facts: dict[str, Any], config: dict[str, Any]) -> dict[str, Artifact]:
+        manifest = replace(root.manifest, facts=facts, config=config)
+        return {**models, "fine_tuned": replace(root, manifest=manifest)}
+
+    old = {k: v for k, v in root.facts.items() if k not in ("plan", "planned_training")}
+    found = plan(models=changed(old, root.manifest.config))
+    (row,) = [r for r in found.compared if (r.model, r.run) == ("fine_tuned", "training")]
+    assert (row.predicted, row.measured) == (None, root.facts["seconds"])
+    assert row.limit is not None
+    assert 0 < row.limit < row.measured
+    assert sum("No prediction was kept when fine_tuned was" in note for note in found.notes) == 1
+
+    found = plan(models=changed(old, {**root.manifest.config, "max_tokens": "many"}))
+    assert all(model.training == () for model in found.models)
+    assert all(len(model.serving) == len(found.devices) for model in found.models)
+    assert found.training_run == ""
+    assert (
+        sum("training of fine_tuned cannot be planned: max_tokens" in n for n in found.notes) == 1
+    )
+
+
+def test_a_model_of_unknown_sizes_has_a_note_and_no_price(
+    plan: Callable[..., CostSection], models: dict[str, Artifact]
+) -> None:
+    # Nothing says which steps lead from the root to an exported model.
+    found = plan(models={**models, "compressed": models["small"]})
+    odd = model_of(found, "compressed")
+    assert (odd.serving, odd.training) == ((), ())
+    assert "not planned" in odd.note
+    assert "Making compressed is not planned." in found.notes
 
 
 def test_measured_time_and_energy_are_those_of_the_facts(

@@ -552,7 +552,8 @@ def _where(machine: Device, measurements: Sequence[Measurement]) -> str:
     timed = f"Encoding was timed with {_either(threads)}. " if threads else ""
     return (
         f"{timed}The limit of serving is what the full rates of {machine.label} would allow so "
-        "many threads. That of a training is of the machine that planned it, else of this one."
+        "many threads. A training's limit is that of the machine that planned it; without a plan, "
+        "of this one."
     )
 
 

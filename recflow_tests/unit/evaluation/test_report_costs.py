@@ -98,6 +98,7 @@ COSTS = CostSection(
     ),
     compared=(
         PlannedAndMeasured("fine_tuned", "training", "peak memory", "bytes", 9.9e8, 1.1e9),
+        PlannedAndMeasured("fine_tuned", "training", "training", "seconds", None, 71.5, 9.25),
         PlannedAndMeasured("fine_tuned", "inference", "peak memory", "bytes", 4.2e8, 4e8),
         PlannedAndMeasured("quantized", "inference", "throughput", "texts/s", None, 450.0, 2_000.0),
     ),
@@ -137,8 +138,8 @@ def test_json_holds_costs_that_follow_the_schema(evaluation: Evaluation) -> None
     assert (first["cheapest_training"], second["cheapest_training"]) == ("cpu-8", None)
     assert [cost["usd"] for cost in first["serving"]] == [2.5, 0.0431, 9]
     assert costs["compared"][0]["error"] == pytest.approx(-0.1)
-    assert costs["compared"][2]["predicted"] is None
-    assert costs["compared"][2]["error"] is None
+    assert costs["compared"][3]["predicted"] is None
+    assert costs["compared"][3]["error"] is None
     assert [entry["price_date"] for entry in costs["devices"]] == ["2026-11-25"] * 3
     document["costs"]["models"][0]["serving"][0]["surprise"] = 1
     with pytest.raises(jsonschema.ValidationError, match="surprise"):
@@ -163,7 +164,16 @@ def test_page_shows_prices_limits_and_what_was_measured(section: str) -> None:
         assert shown in served
     for shown in ("$1.25", "90.0 min", "limit 4.00 min", "≤ 1.50 kWh", "71.5 s", "not recorded"):
         assert shown in trained
-    for shown in ("990 MB", "1.10 GB", "−10%", "+5%", "450 texts/s", "2,000 texts/s"):
+    for shown in (
+        "990 MB",
+        "1.10 GB",
+        "−10%",
+        "+5%",
+        "450 texts/s",
+        "2,000 texts/s",
+        "whole run",
+        "9.25 s",
+    ):
         assert shown in compared
     for shown in (COSTS.recommendation, COSTS.training_run, COSTS.machine, *COSTS.notes):
         assert shown in text

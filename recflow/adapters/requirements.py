@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from recflow.adapters.keys import (
@@ -24,26 +25,34 @@ from recflow.adapters.keys import (
     PREDICTIONS,
     STRATEGIES_STUDY,
 )
-from recflow.compression.family import Family
+from recflow.compression.family import ROOT, Family
 from recflow.core.errors import ConfigError, HardwareError, RecflowError
 from recflow.hardware.calibration import Calibration
 from recflow.hardware.choice import choose
 from recflow.hardware.device import Device
-from recflow.hardware.inference import ServedModel, plan_inference
-from recflow.hardware.plan import InferencePlan, Memory, TrainingPlan, gib
+from recflow.hardware.plan import Memory, TrainingPlan
 from recflow.hardware.planner import plan_training
 from recflow.hardware.presets import find_shape
 from recflow.hardware.requirements import POOL, HardwareRequirement, run_tags_of
 from recflow.hardware.shape import EncoderShape
-from recflow.hardware.workload import InferenceWorkload, TrainingWorkload
+from recflow.hardware.steps import child_shape, plan_step
+from recflow.hardware.workload import TrainingWorkload
 from recflow.modeling.adaptation_config import AdaptationConfig
 from recflow.modeling.config import STRATEGIES, TrainingConfig, with_values
 from recflow.modeling.search_space import Choices, Range, Space, default_space
 
-Plan: TypeAlias = "TrainingPlan | InferencePlan"
+CATALOGUE_SAMPLE: Final = 1_000
+"""Test impressions for which the whole catalogue is ranked, unless a run says otherwise."""
 
+_FLOAT: Final = 4
 _LAYERS: Final = "tuning.tuned_layers"
-_STEP_BATCH: Final = 64  # texts or clicks of a step of any compression
+_WORK: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "compressed": "searching the chain of compression steps",
+        "item_vectors": "encoding and storing the catalogue",
+        "predictions": "scoring with every model",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +68,7 @@ class Need:
 
     work: str
     requirement: HardwareRequirement | None = None
-    plan: Plan | None = None
+    plan: TrainingPlan | None = None
     reason: str | None = None
 
     @property
@@ -97,7 +106,8 @@ def requirements_of(
     """Plan every model asset, and choose the cheapest device that fits each.
 
     Trainings use a GPU where one is cheaper or the only one that fits. Compression, scoring and
-    measuring run on processors: their code uses nothing else.
+    measuring run on processors: their code uses nothing else
+    (:mod:`recflow.hardware.steps` plans them).
 
     Args:
         base_model: The pretrained encoder; see :func:`find_shape`. Nothing is downloaded.
@@ -131,6 +141,9 @@ def _keys(family: Family) -> list[str]:
     ]
 
 
+_Make: TypeAlias = "Callable[[Device], TrainingPlan]"
+
+
 class _Planned:
     """The plans of one deployment, each made once."""
 
@@ -144,32 +157,36 @@ class _Planned:
     ) -> None:
         self.shape, self.config = shape, config
         self.devices, self.max_hours, self.calibration = devices, max_hours, calibration
+        self.workload = _workload(config)
         self._plans: dict[tuple[TrainingConfig, str], TrainingPlan] = {}
 
     def needs(
         self, family: Family, adaptation: AdaptationConfig, space: Space
     ) -> Mapping[str, Need]:
         """What every model asset needs, by key."""
-        config = self.config
-        training = self.of_trainings(f"training, strategy {config.tuning.strategy}", [config])
-        step = self.of_step()
+        config, count = self.config, {"models": len(family.names)}
+        training = self.of_trainings(
+            f"training with the strategy {config.tuning.strategy}", [config]
+        )
         found = {
             FINE_TUNED: training,
             LABEL_EFFICIENCY_STUDY: training,
             CONFIGURATION: self.of_trainings(
                 "the largest training of the search", _corners(config, space, self.shape.layers)
             ),
-            ADAPTED_ENCODER: self.of_trainings("adapting the encoder", [_as_training(adaptation)]),
+            ADAPTED_ENCODER: self.of("adapting the encoder", [self.adapting(adaptation)]),
             STRATEGIES_STUDY: self.of_trainings(
                 "the largest training of the comparison",
                 _varied(config, [{"tuning.strategy": strategy} for strategy in STRATEGIES]),
                 compared=True,
             ),
-            **{family.key(name): step for name in family.variants},
-            COMPRESSED: step,
-            ITEM_VECTORS: self.of_inference("encoding the catalogue"),
-            PREDICTIONS: self.of_inference("scoring"),
-            MEASUREMENTS: self.of_inference("measuring", compared=True),
+            **self.of_family(family),
+            ITEM_VECTORS: self.of_step("item_vectors", {}),
+            COMPRESSED: self.of_step("compressed", count),
+            PREDICTIONS: self.of_step(
+                "predictions", {**count, "catalogue_sample": CATALOGUE_SAMPLE}
+            ),
+            MEASUREMENTS: self.of("measuring every model", [self.measuring(count)]),
         }
         return {key: found[key] for key in _keys(family)}
 
@@ -180,68 +197,140 @@ class _Planned:
         measured = self.calibration
         return measured if measured is not None and measured.device == device.name else None
 
-    def plan(self, config: TrainingConfig, device: Device, *, compared: bool) -> TrainingPlan:
-        """Plan one training on one device.
+    def training(self, config: TrainingConfig, *, compared: bool = False) -> _Make:
+        """How to plan one training.
 
         Args:
             config: How it trains.
-            device: Where.
             compared: Whether it is a process of its own beside the one that compares it with
-                others and holds the tables too.
+                others and holds libraries and tables too.
         """
-        key = (config, device.name)
-        if key not in self._plans:
-            self._plans[key] = plan_training(
-                self.shape, config, _workload(config), device, self.factors(device)
-            )
-        plan = self._plans[key]
-        if not compared:
-            return plan
-        host = _with_comparing(plan.host_memory)
-        return replace(plan, host_memory=host, memory=plan.memory if device.is_gpu else host)
+
+        def plan(device: Device) -> TrainingPlan:
+            key = (config, device.name)
+            if key not in self._plans:
+                self._plans[key] = plan_training(
+                    self.shape, config, _workload(config), device, self.factors(device)
+                )
+            found = self._plans[key]
+            if not compared:
+                return found
+            host = _with_comparing(found.host_memory)
+            return replace(found, host_memory=host, memory=found.memory if device.is_gpu else host)
+
+        return plan
 
     def of_trainings(
         self, work: str, configs: Sequence[TrainingConfig], *, compared: bool = False
     ) -> Need:
         """What an asset needs that trains in several ways, one after the other."""
+        # A device refuses precisions, and nothing else.
+        different = {config.speed.precision: config for config in configs}
+        return self.of(
+            work,
+            [self.training(config, compared=compared) for config in configs],
+            probes=[self.training(config) for config in different.values()],
+        )
+
+    def adapting(self, adaptation: AdaptationConfig) -> _Make:
+        """How to plan an adaptation: as a step on processors, as its like in trainings on GPUs."""
+        like = self.training(_as_training(adaptation))
+        step = self.step("adapt", self.shape, asdict(adaptation))
+        return lambda device: like(device) if device.is_gpu else step(device)
+
+    # ------------------------------------------------------------------ on processors
+
+    def of_family(self, family: Family) -> dict[str, Need]:
+        """What making each smaller model needs: its step, from the model that its parent is."""
+        shapes, found = {ROOT: self.shape}, dict[str, Need]()
+        for name, variant in family.variants.items():
+            kind, values = variant.step.name, asdict(variant.config)
+            parent = shapes[variant.parent]
+            shapes[name] = child_shape(kind, parent, values, self.workload)
+            found[family.key(name)] = self.of_step(kind, values, parent)
+        return found
+
+    def of_step(
+        self, kind: str, values: Mapping[str, Any], parent: EncoderShape | None = None
+    ) -> Need:
+        """What a step needs that reads a model and knows no GPU."""
+        return self.of(
+            _WORK.get(kind, f"the step {kind}"), [self.step(kind, parent or self.shape, values)]
+        )
+
+    def step(self, kind: str, parent: EncoderShape, values: Mapping[str, Any]) -> _Make:
+        """How to plan one step; see :func:`plan_step`."""
+        child = child_shape(kind, parent, values, self.workload)
+
+        def plan(device: Device) -> TrainingPlan:
+            return plan_step(
+                kind, parent, child, values, self.workload, device, self.factors(device)
+            )
+
+        return plan
+
+    def measuring(self, values: Mapping[str, Any]) -> _Make:
+        """How to plan the measurements: memory is that of a fresh process beside the timing one."""
+        timing = self.step("measurements", self.shape, values)
+
+        def plan(device: Device) -> TrainingPlan:
+            found = timing(device)
+            parts = found.memory.parts
+            # Weights are read beside those that the module was built with.
+            fresh = parts.get("context", 0) + 2 * _FLOAT * self.shape.parameters
+            memory = replace(found.memory, parts={**parts, "measured process": fresh})
+            return replace(found, memory=memory, host_memory=memory)
+
+        return plan
+
+    # ------------------------------------------------------------------ the choice
+
+    def of(self, work: str, makes: Sequence[_Make], probes: Sequence[_Make] | None = None) -> Need:
+        """What an asset needs that does several things, one after the other.
+
+        Args:
+            work: What it does, for people.
+            makes: How to plan each of them.
+            probes: Those that tell whether a device can do all of them; ``None`` for all.
+        """
         try:
-            return _need(work, self._cheapest(configs, compared))
+            return _need(work, self._cheapest(work, makes, probes or makes))
         except (ConfigError, HardwareError) as error:
             return Need(work, reason=str(error))
 
-    def _cheapest(self, configs: Sequence[TrainingConfig], compared: bool) -> list[TrainingPlan]:
+    def _cheapest(
+        self, work: str, makes: Sequence[_Make], probes: Sequence[_Make]
+    ) -> list[TrainingPlan]:
         """The plans on the cheapest device that all of them fit."""
-        devices = self._able(configs)
-        # Which training is the largest hardly depends on the device. The choice is made for that
-        # one, and the others are looked at where it falls: every plan counts in the time that the
-        # location takes to load.
+        devices = self._able(probes)
+        # Which is the largest hardly depends on the device. The choice is made for that one, and
+        # the others are looked at where it falls: every plan counts in the time that the location
+        # takes to load.
         first = devices[0]
-        largest = max(
-            configs, key=lambda one: self.plan(one, first, compared=compared).memory.total
-        )
+        largest = max(makes, key=lambda make: make(first).memory.total)
         while True:
-            plans = [self.plan(largest, device, compared=compared) for device in devices]
-            chosen = choose(plans, self.max_hours).device
-            found = [self.plan(one, chosen, compared=compared) for one in configs]
+            plans = [largest(device) for device in devices]
+            chosen = choose(plans, self.max_hours, work=work).device
+            found = [make(chosen) for make in makes]
             unfit = [plan for plan in found if not plan.fits]
             if not unfit:
                 return found
             devices.remove(chosen)
             if not devices:
-                choose(unfit)
+                choose(unfit, work=work)
 
-    def _able(self, configs: Sequence[TrainingConfig]) -> list[Device]:
-        """The devices that can train like this.
+    def _able(self, probes: Sequence[_Make]) -> list[Device]:
+        """The devices that can do it.
 
         Raises:
-            ConfigError: There are none, or the encoder cannot be trained like this anywhere.
+            ConfigError: None can.
         """
         able: list[Device] = []
         refused = ConfigError.of("devices", [], "at least one device")
         for device in self.devices:
             try:
-                for config in {one.speed.precision: one for one in configs}.values():
-                    self.plan(config, device, compared=False)
+                for probe in probes:
+                    probe(device)
             except ConfigError as error:
                 refused = error
             else:
@@ -250,83 +339,8 @@ class _Planned:
             raise refused
         return able
 
-    # ------------------------------------------------------------------ on processors
 
-    def of_step(self) -> Need:
-        """What a compression step needs: as much as its heaviest kind, all weights learning.
-
-        The parent's weights are held beside a training of all weights in small batches. A smaller
-        student takes less.
-        """
-        work = "a compression step"
-        config = with_values(
-            self.config,
-            {
-                "tuning.strategy": "full",
-                "schedule.head_epochs": 0,
-                "schedule.encoder_epochs": 1,
-                "schedule.encoder_batch_size": _STEP_BATCH,
-                "speed.max_texts_per_step": _STEP_BATCH,
-                "distribution.processes": 1,
-            },
-        )
-        parent = 4 * self.shape.parameters
-        try:
-            plans: list[TrainingPlan] = []
-            for device in self._processors():
-                plan = self.plan(config, device, compared=False)
-                memory = Memory({**plan.memory.parts, "parent": parent}, plan.memory.moment)
-                plans.append(replace(plan, memory=memory, host_memory=memory))
-            return _need(work, [choose(plans, self.max_hours)])
-        except (ConfigError, HardwareError) as error:
-            return Need(work, reason=str(error))
-
-    def of_inference(self, work: str, *, compared: bool = False) -> Need:
-        """What an asset needs that encodes the texts of a snapshot and scores with them.
-
-        The largest model is the one that was fine-tuned; the family's are smaller. The tables are
-        held beside.
-        """
-        config = self.config
-        reads = _workload(config)
-        asked = InferenceWorkload(
-            items=reads.items,
-            history=reads.history,
-            candidates=round(reads.slate),
-            lengths=reads.lengths,
-        )
-        try:
-            plans: list[InferencePlan] = []
-            for device in self._processors():
-                plan = plan_inference(
-                    ServedModel.of(self.shape), asked, device, self.factors(device)
-                )
-                # Features and splits, read and selected.
-                memory = Memory(
-                    {**plan.memory.parts, "tables": 2 * reads.table_bytes}, plan.memory.moment
-                )
-                plans.append(replace(plan, memory=_with_comparing(memory) if compared else memory))
-            fitting = [plan for plan in plans if plan.fits]
-            if not fitting:
-                nearest = min(plans, key=lambda plan: plan.memory.total / plan.device.memory_bytes)
-                raise HardwareError(
-                    f"{work} fits no device; {nearest.device.name} comes nearest with "
-                    f"{gib(nearest.device.memory_bytes)} of the {gib(nearest.memory.total)} needed"
-                )
-            return _need(work, [min(fitting, key=lambda plan: plan.usd_per_million)])
-        except (ConfigError, HardwareError) as error:
-            return Need(work, reason=str(error))
-
-    def _processors(self) -> list[Device]:
-        found = [device for device in self.devices if not device.is_gpu]
-        if not found:
-            raise ConfigError.of(
-                "devices", [device.name for device in self.devices], "at least one CPU class"
-            )
-        return found
-
-
-def _need(work: str, plans: Sequence[Plan]) -> Need:
+def _need(work: str, plans: Sequence[TrainingPlan]) -> Need:
     """What plans on one device need, made one after the other."""
     needs = [HardwareRequirement.of_plan(plan) for plan in plans]
     largest = max(plans, key=lambda plan: plan.memory.total)
@@ -354,7 +368,7 @@ def _workload(config: TrainingConfig) -> TrainingWorkload:
 def _with_comparing(memory: Memory) -> Memory:
     """The same work in a process of its own, beside one that holds libraries and tables too."""
     more = sum(memory.parts.get(part, 0) for part in ("context", "tables"))
-    return Memory({**memory.parts, "comparing process": more}, memory.moment)
+    return replace(memory, parts={**memory.parts, "comparing process": more})
 
 
 def _as_training(adaptation: AdaptationConfig) -> TrainingConfig:

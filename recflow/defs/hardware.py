@@ -17,7 +17,7 @@ from recflow.defs.common import daily_asset
 from recflow.defs.models.run_config import ADAPTATION_DEFAULTS, DEFAULTS
 from recflow.defs.resources import calibration, devices, family, settings
 from recflow.hardware.device import GIB
-from recflow.hardware.plan import Memory, TrainingPlan
+from recflow.hardware.plan import Memory
 
 NEEDS: Mapping[str, Need] = requirements_of(
     settings.base_model,
@@ -76,11 +76,10 @@ def need_metadata(need: Need) -> dict[str, dg.MetadataValue]:
     found["device"] = dg.MetadataValue.text(f"{count}{plan.device.label}")
     columns = {"device": plan.memory} if plan.device.is_gpu else {"machine": plan.memory}
     reserved = {"device": requirement.gpu_memory_gib, "machine": requirement.host_memory_gib}
-    if isinstance(plan, TrainingPlan):
-        if plan.device.is_gpu:
-            columns["machine"] = plan.host_memory
-        found["planned_hours"] = dg.MetadataValue.float(round(plan.seconds / 3_600, 3))
-        found["planned_usd"] = dg.MetadataValue.float(round(plan.usd, 3))
+    if plan.device.is_gpu:
+        columns["machine"] = plan.host_memory
+    found["planned_hours"] = dg.MetadataValue.float(round(plan.seconds / 3_600, 3))
+    found["planned_usd"] = dg.MetadataValue.float(round(plan.usd, 3))
     found["planned_memory"] = dg.MetadataValue.md(memory_table(columns, reserved))
     return found
 

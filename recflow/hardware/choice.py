@@ -33,13 +33,15 @@ def choose(
     max_hours: float | None = None,
     *,
     advice: Callable[[Device], Sequence[Advice]] | None = None,
+    work: str = "the training",
 ) -> TrainingPlan:
     """The cheapest plan that fits; the quicker of two that cost the same.
 
     Args:
-        plans: The same training on different devices.
+        plans: The same work on different devices.
         max_hours: Longest time of the training; ``None`` for any.
         advice: What would make the training fit a device, asked only where it fits none.
+        work: What is planned, for people.
 
     Raises:
         ConfigError: There are no plans, or the time is not above 0.
@@ -53,7 +55,7 @@ def choose(
         raise ConfigError.of("hours", max_hours, "above 0")
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
-        raise HardwareError(_no_room(min(plans, key=excess), advice))
+        raise HardwareError(_no_room(min(plans, key=excess), advice, work))
     quick = [plan for plan in fitting if max_hours is None or plan.seconds <= max_hours * _HOUR]
     if not quick:
         best = min(fitting, key=lambda plan: plan.seconds)
@@ -276,8 +278,10 @@ def _needs(memory: Memory, size: int) -> str:
     )
 
 
-def _no_room(plan: TrainingPlan, advice: Callable[[Device], Sequence[Advice]] | None) -> str:
-    text = f"the training fits no device; {plan.device.name} comes nearest but {shortage(plan)}"
+def _no_room(
+    plan: TrainingPlan, advice: Callable[[Device], Sequence[Advice]] | None, work: str
+) -> str:
+    text = f"{work} fits no device; {plan.device.name} comes nearest but {shortage(plan)}"
     if advice is None:
         return text
     changes = advice(plan.device)

@@ -85,7 +85,7 @@ class TextLengths:
 
 
 # The same texts are planned for on every device.
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _batches(
     distribution: TextLengths, texts: int, size: int, buckets: bool, padded_to: int | None
 ) -> tuple[tuple[int, int], ...]:

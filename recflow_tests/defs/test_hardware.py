@@ -211,9 +211,11 @@ def test_another_base_model_needs_other_hardware() -> None:
     assert large[FINE_TUNED].pool == f"gpu_{large[FINE_TUNED].tags['recflow/gpu_type']}"
     limits = large[FINE_TUNED].op_tags[KUBERNETES]["container_config"]["resources"]["limits"]
     assert limits[GPU] == "1"
-    for key in (PREDICTIONS, ITEM_VECTORS):
-        assert int(large[key].tags["recflow/host_memory_gib"]) > 30
-        assert int(small[key].tags["recflow/host_memory_gib"]) < 4
+    # Half a billion weights more, read beside those that a module is built with: 4.5 GiB.
+    middle = needs_of("Qwen3-0.6B")
+    for key in ON_PROCESSORS:
+        assert host_gib(middle[key]) > host_gib(small[key])
+    assert host_gib(middle[ITEM_VECTORS]) >= host_gib(small[ITEM_VECTORS]) + 4
 
 
 def test_another_strategy_needs_other_hardware() -> None:
@@ -248,8 +250,7 @@ def test_a_demo_on_a_laptop_needs_no_gpu() -> None:
     config = replace(DEFAULTS, seed=1)
     needs = requirements_of(bundled, config, FAMILY, CATALOGUE.values(), max_hours=8.0)
     assert run_tags_of_models(needs)["recflow/gpu_type"] == "none"
-    memory = int(run_tags_of_models(needs)["recflow/host_memory_gib"])
-    assert memory <= 4
+    assert int(run_tags_of_models(needs)["recflow/host_memory_gib"]) <= 8
 
 
 def test_a_search_and_a_comparison_need_what_their_largest_training_does() -> None:
@@ -288,7 +289,8 @@ def test_a_device_that_cannot_multiply_bf16_is_passed_over() -> None:
     assert needs_of(devices=["cpu-2", "t4"], values=bf16)[FINE_TUNED].requirement is not None
     alone = needs_of(devices=["t4"], values=bf16)
     assert "bf16" in str(alone[FINE_TUNED].reason)
-    assert "at least one CPU class" in str(alone[PREDICTIONS].reason)
+    assert "t4" in str(alone[PREDICTIONS].reason)
+    assert "a CPU machine" in str(alone[PREDICTIONS].reason)
 
 
 def test_measured_factors_count_for_the_device_that_they_name_alone() -> None:

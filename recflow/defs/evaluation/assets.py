@@ -18,6 +18,7 @@ from recflow.adapters.keys import (
     TRAIN,
     VALIDATION,
 )
+from recflow.adapters.requirements import CATALOGUE_SAMPLE
 from recflow.defs.common import (
     Rebuild,
     artifact_result,
@@ -45,7 +46,7 @@ class PredictionsConfig(Rebuild):
     """How the snapshot is scored."""
 
     catalogue_sample: int = Field(
-        1_000, description="Test impressions for which the whole catalogue is ranked"
+        CATALOGUE_SAMPLE, description="Test impressions for which the whole catalogue is ranked"
     )
 
 

@@ -2,7 +2,7 @@
 
 The counts name what PyTorch saves in Hugging Face's layers with fused attention (Dao et al. 2022,
 https://arxiv.org/abs/2205.14135: no matrix of attention weights is kept). Korthikanti et al. 2022
-(https://arxiv.org/abs/2205.05198, section 4.1) count a layer of GPT in the same way; the layers here
+(https://arxiv.org/abs/2205.05198, section 4.1) count a layer of GPT in the same way; layers here
 differ by precision (autocast keeps the residual stream in float32 and rounds the input of every
 matrix anew), by norms, gates, and by which weights learn. A test compares the counts with what
 autograd saves, for every family.

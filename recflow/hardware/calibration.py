@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,8 +35,16 @@ class Calibration:
         context_bytes: Memory of a training process before it reads anything: interpreter,
             libraries.
         device_context_bytes: Memory that a GPU's driver and libraries hold.
-        allocator: What allocators hold for a byte that is used, at least 1.
+        heap: What the allocator holds for a byte that the backward pass needs, at least 1: what is
+            freed between tensors that stay leaves holes. By ``family precision strategy``, e.g.
+            ``bert bf16 low-rank``; see :meth:`heap_share`.
+        kernel_bytes: Memory of one compiled matrix product. oneDNN compiles one for every shape in
+            bfloat16, and keeps a limited number.
+        kernels: That number.
         source: Where the factors are from.
+        teraflops: Matrix rates that were measured on the machine itself, by precision; empty where
+            those of the catalogue count.
+        bandwidth_gb_s: The machine's measured bandwidth; ``None`` where the catalogue's counts.
     """
 
     device: str
@@ -47,12 +55,30 @@ class Calibration:
     start_seconds: float
     context_bytes: int
     device_context_bytes: int
-    allocator: float
+    heap: Mapping[str, float]
+    kernel_bytes: int
+    kernels: int
     source: str
+    teraflops: Mapping[str, float] = field(default_factory=lambda: {})
+    bandwidth_gb_s: float | None = None
 
     def share(self, precision: str) -> float:
         """Share of the matrix rate that is reached in a precision."""
         return self.matrix_share.get(precision, min(self.matrix_share.values()))
+
+    def heap_share(self, family: str, precision: str, strategy: str) -> float:
+        """What the allocator holds for a byte that is needed.
+
+        Args:
+            family: ``bert``, ``modernbert`` or ``decoder``.
+            precision: ``fp32`` or ``bf16``.
+            strategy: ``plain``, ``low-rank`` or ``adapters``.
+        """
+        for names in ((family, precision, strategy), ("bert", precision, strategy), ("any",)):
+            share = self.heap.get(" ".join(names))
+            if share is not None:
+                return share
+        return 1.0
 
 
 def default_calibration(device: Device) -> Calibration:
@@ -95,7 +121,20 @@ _MEASURED_CPU: Final = Calibration(
     start_seconds=15.0,
     context_bytes=520 * _MEBIBYTE,
     device_context_bytes=0,
-    allocator=1.1,
+    heap={
+        "bert fp32 plain": 1.17,
+        "bert bf16 plain": 1.33,
+        "bert fp32 low-rank": 1.9,
+        "bert bf16 low-rank": 1.8,
+        "bert fp32 adapters": 1.7,
+        "bert bf16 adapters": 1.9,
+        "modernbert bf16 plain": 1.65,
+        "modernbert bf16 low-rank": 2.0,
+        "decoder fp32 plain": 1.17,
+        "decoder bf16 plain": 1.4,
+    },
+    kernel_bytes=round(0.6 * _MEBIBYTE),
+    kernels=1_024,
     source="to be fitted",
 )
 _PUBLISHED_GPU: Final = Calibration(
@@ -107,6 +146,8 @@ _PUBLISHED_GPU: Final = Calibration(
     start_seconds=30.0,
     context_bytes=900 * _MEBIBYTE,
     device_context_bytes=600 * _MEBIBYTE,
-    allocator=1.15,
+    heap={"any": 1.15},
+    kernel_bytes=0,
+    kernels=0,
     source="to be cited",
 )

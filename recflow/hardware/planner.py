@@ -1,8 +1,8 @@
 """What a training takes: memory by part, operations, time and money, before it is run.
 
-The planner models the recommender's own step, not a language model's: a step encodes the *distinct*
-items of its batch, at most ``max_texts_per_step`` of them, in buckets of similar length, from hidden
-states that are kept on disk; it does not encode batch x (history + candidates) texts.
+The planner models the recommender's own step, not a language model's: a step encodes the
+*distinct* items of its batch, at most ``max_texts_per_step`` of them, in buckets of similar length,
+from hidden states that are kept on disk; it does not encode batch x (history + candidates) texts.
 
 Sources of the formulas:
 
@@ -12,18 +12,20 @@ Sources of the formulas:
   (https://arxiv.org/abs/2106.09685).
 * Activations: :mod:`recflow.hardware.activations`. Recomputing them keeps a layer's input alone:
   Chen et al. 2016 (https://arxiv.org/abs/1604.06174).
-* Operations: 2 for each weight of a matrix and token forwards, 2 for the gradient of the input, 2 for
-  that of the weight: Kaplan et al. 2020, section 2.1 (https://arxiv.org/abs/2001.08361); attention's
-  products: Hoffmann et al. 2022, appendix F (https://arxiv.org/abs/2203.15556).
-* Time: the roofline of Williams et al. 2009 (https://doi.org/10.1145/1498765.1498785): the larger of
-  operations over matrix rate and bytes over bandwidth, each at the share of the device's rate that
-  was measured (:mod:`recflow.hardware.calibration`).
+* Operations: 2 for each weight of a matrix and token forwards, 2 for the gradient of the input, 2
+  for that of the weight: Kaplan et al. 2020, section 2.1 (https://arxiv.org/abs/2001.08361);
+  attention's products: Hoffmann et al. 2022, appendix F (https://arxiv.org/abs/2203.15556).
+* Time: the roofline of Williams et al. 2009 (https://doi.org/10.1145/1498765.1498785): the limit
+  is the larger of operations over matrix rate and bytes over bandwidth; the estimate adds both, each
+  at the share of the rate that was measured (:mod:`recflow.hardware.calibration`), because the
+  operators of a step run one after the other.
 * Distinct items of a batch: expected number of different ones among independent draws.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -34,13 +36,16 @@ from recflow.hardware.calibration import Calibration, default_calibration
 from recflow.hardware.device import Device, Precision
 from recflow.hardware.plan import Memory, Stage, TrainingPlan
 from recflow.hardware.shape import EncoderShape
-from recflow.hardware.workload import TrainingWorkload
+from recflow.hardware.workload import TextLengths, TrainingWorkload
 from recflow.modeling.config import TrainingConfig
 
 _FLOAT: Final = 4
 _HALF: Final = 2
 _BUCKET: Final = 64  # texts encoded together: recflow.modeling.texts.BUCKET_SIZE
 _SEGMENT_BYTES: Final = 64 * 1024**2  # of hidden states, serialised with two copies beside
+_SEGMENT_COPIES: Final = 4.0  # states, joined, serialised, and being written
+_FILL_TOKENS: Final = 512  # tokens that are run together when hidden states are computed
+_DRAWN_STEPS: Final = 64
 _HEAD_WIDTH: Final = 32  # hidden width of the user model's small networks
 _CATEGORY_WIDTH: Final = 16
 
@@ -188,10 +193,10 @@ class _Training:
             texts = min(texts, math.ceil(limit / self.micro))
         return max(1, math.ceil(texts / self.processes))
 
-    def buckets(self, texts: int) -> list[tuple[int, int]]:
+    def buckets(self, texts: int, lengths: TextLengths | None = None) -> list[tuple[int, int]]:
         """Texts and padded length of each batch."""
         speed = self.config.speed
-        return self.lengths.batches(
+        return (lengths or self.lengths).batches(
             texts,
             _BUCKET,
             buckets=speed.length_buckets,
@@ -253,46 +258,141 @@ class _Training:
     # ------------------------------------------------------------------ memory
 
     def memory(self) -> Memory:
-        """Memory of one device in the largest moment."""
-        shape, config = self.shape, self.config
-        shards = self.processes if config.distribution.shard_encoder else 1
-        learning, head = self.learning_parameters, self.head_parameters
-        weights = _FLOAT * (shape.parameters + self.added_parameters) / shards
-        parts: dict[str, float] = {"weights": weights + _FLOAT * head}
-        if self.learns:
-            parts["gradients"] = _FLOAT * (learning / shards + head)
-            parts["optimiser states"] = 2 * _FLOAT * (learning / shards + head)
-        else:
-            parts["gradients"], parts["optimiser states"] = _FLOAT * head, 2 * _FLOAT * head
-        step = self.activations() if self.learns else {}
-        step["user model"] = self.head_activations()
-        parts |= {name: size * self.calibration.allocator for name, size in step.items()}
-        parts["item vectors"] = self.workload.items * shape.width * _FLOAT * 3
+        """Memory of one device in the moment of the largest use."""
+        moments = {"step": self._held() | self._step()}
         if self.device.is_gpu:
+            parts = moments["step"]
             parts["context"] = float(self.calibration.device_context_bytes)
             if self.learns:
-                # AdamW updates all weights at once, with one more copy of them.
-                parts["optimiser states"] += _FLOAT * (learning / shards + head)
+                # AdamW updates all weights of a group at once, with one more copy of them.
+                parts["temporary"] += _FLOAT * self.learning_parameters / self.shards
             return Memory(_rounded(parts))
-        return self._on_host(parts, processes=self.processes)
+        # Once the moments of AdamW are there, they stay; before, the texts are encoded once.
+        moments["hidden states"] = self._held(optimiser=False) | self._filling()
+        moments["saving"] = self._held() | {
+            "temporary": _FLOAT * (self.shape.parameters + self.added_parameters)
+        }
+        held = {name: self._on_host(parts) for name, parts in moments.items()}
+        largest = max(held, key=lambda name: sum(held[name].values()))
+        return Memory(_rounded(held[largest]), moment=largest)
 
     def host_memory(self) -> Memory:
-        """Memory of the machine around GPUs."""
-        parts: dict[str, float] = {"weights": _FLOAT * self.shape.parameters * 2.0}
-        return self._on_host(parts, processes=self.processes)
+        """Memory of the machine around one GPU: weights are read there, twice while they load."""
+        parts = {"weights": 2.0 * _FLOAT * self.shape.parameters}
+        return Memory(_rounded(self._on_host(parts)))
 
-    def _on_host(self, parts: Mapping[str, float], processes: int) -> Memory:
+    @property
+    def shards(self) -> int:
+        """Parts that weights, gradients and moments are spread over."""
+        return self.processes if self.config.distribution.shard_encoder else 1
+
+    def _held(self, *, optimiser: bool = True) -> dict[str, float]:
+        """What is held all the while."""
+        learning, head, shards = self.learning_parameters, self.head_parameters, self.shards
+        if not self.learns:
+            learning = 0
+        moving = _FLOAT * (learning / shards + head)
+        width = self.shape.width
+        parts = {
+            "weights": _FLOAT * (self.shape.parameters + self.added_parameters) / shards
+            + _FLOAT * head,
+            # The last vectors of all items, twice more as the user model sees them when it scores.
+            "item vectors": 3.0 * _FLOAT * self.workload.items * width,
+        }
+        if optimiser:
+            parts |= {"gradients": moving, "optimiser states": 2 * moving}
+        return parts
+
+    def _step(self) -> dict[str, float]:
+        """What a step holds beside."""
+        parts = {"user model": self.head_activations(), "temporary": 0.0}
+        if self.learns:
+            parts |= self.activations()
+            heap = self.calibration.heap_share(*self._kind())
+            for name in ("activations", "rounded weights"):
+                parts[name] *= heap
+        return parts
+
+    def _filling(self) -> dict[str, float]:
+        """What computing the hidden states holds: a segment, its copies, and its bytes."""
+        segment = min(self.cache_bytes, _SEGMENT_BYTES) * _SEGMENT_COPIES
+        bucket = max(texts * length for texts, length in self.buckets(_BUCKET))
+        shape = self.shape
+        forward = bucket * _FLOAT * (2 * shape.channels + 4 * shape.width)
+        return {"temporary": segment + forward}
+
+    def _kind(self) -> tuple[str, str, str]:
+        model_type = self.shape.model_type
+        family = "decoder" if self.shape.causal else "bert"
+        strategy = {"lora": "low-rank", "adalora": "low-rank", "adapters": "adapters"}
+        return (
+            "modernbert" if model_type == "modernbert" else family,
+            self.precision,
+            strategy.get(self.strategy, "plain"),
+        )
+
+    def _on_host(self, parts: Mapping[str, float]) -> dict[str, float]:
         """Add what every process holds in the machine's memory."""
-        learning, head = self.learning_parameters, self.head_parameters
+        learning = self.learning_parameters if self.learns else 0
         whole = dict(parts)
-        whole["best weights"] = _FLOAT * (learning + head)
+        whole["best weights"] = _FLOAT * (learning + self.head_parameters)
         whole["hidden states"] = self.cache_bytes
+        # As they are read, and as arrays of row numbers.
         whole["tables"] = self.workload.table_bytes * 2.0
         whole["context"] = float(self.calibration.context_bytes)
-        shared = {"hidden states"}
-        return Memory(
-            _rounded({k: v * (1 if k in shared else processes) for k, v in whole.items()})
+        whole["kernels"] = self.kernels() * self.calibration.kernel_bytes
+        # Processes of one machine map the same files.
+        shared = ("hidden states",)
+        return {k: v * (1 if k in shared else self.processes) for k, v in whole.items()}
+
+    def kernels(self) -> int:
+        """Matrix products of different shape that are compiled, at most as many as are kept.
+
+        A shape is a number of rows (texts of a batch times their padded length) with the two ends
+        of a matrix; backward there are two products more for a matrix that learns, one for a
+        matrix that gradients only pass.
+        """
+        if not self.half or self.device.is_gpu:
+            return 0
+        ends = self._matrix_kinds()
+        every = {texts * length for texts, length in self.buckets(self.workload.items)}
+        below: set[int] = set()
+        if self.keeps_states:
+            lengths = set(self.lengths.quantiles)
+            below = {max(1, _FILL_TOKENS // length) * length for length in lengths}
+        steps = self._step_rows()
+        count = ends * len(every | below | steps)
+        if self.strategy in ("top_k_layers", "full"):
+            count += 2 * ends * len(steps)
+        elif steps:
+            count += ends * len(steps)
+            added = 4 if self.strategy in ("lora", "adalora") else 2
+            count += added * (3 * len(steps) + len(every))
+        return min(count, self.calibration.kernels)
+
+    def _matrix_kinds(self) -> int:
+        """Different pairs of ends among a layer's matrices."""
+        shape = self.shape
+        if shape.model_type == "modernbert":
+            return 4
+        if not shape.gated:
+            return 3
+        return 4 if shape.attention_width == shape.width else 5
+
+    def _step_rows(self) -> set[int]:
+        """Rows of the batches that the encoder sees in its steps, by drawing some."""
+        if not self.learns:
+            return set()
+        schedule = self.config.schedule
+        steps = schedule.encoder_epochs * math.ceil(
+            self.workload.clicks / schedule.encoder_batch_size
         )
+        rng = random.Random(0)  # noqa: S311 - no secret; the same plan each time
+        texts, rows = self.texts_per_part, set[int]()
+        for _ in range(min(steps * self.micro, _DRAWN_STEPS)):
+            drawn = TextLengths(tuple(sorted(rng.choices(self.lengths.quantiles, k=texts))))
+            rows |= {count * length for count, length in self.buckets(texts, drawn)}
+        return rows
 
     @property
     def cache_bytes(self) -> float:

@@ -1,7 +1,7 @@
 """The sizes of a text encoder, read from its ``config.json``: no weights and no PyTorch needed.
 
-The counts follow the layers of Hugging Face's implementations, tensor by tensor; a test builds every
-family from its configuration and compares them exactly.
+The counts follow the layers of Hugging Face's implementations, tensor by tensor; a test builds
+every family from its configuration and compares them exactly.
 """
 
 from __future__ import annotations

@@ -34,7 +34,6 @@ from recflow.hardware.shape import EncoderShape
 from recflow.hardware.workload import TrainingWorkload
 from recflow.modeling.config import UserModelConfig
 
-_MEBIBYTE: Final = 1 << 20
 _FLOAT: Final = 4
 _HALF: Final = 2
 _DOUBLE: Final = 8
@@ -51,10 +50,13 @@ _TIMED_BATCH: Final = 32
 _MODELS: Final = 13  # of the family that recflow comes with
 
 # Measured: see the benchmark recflow_tests.benchmarks.step_plan.
-_FORWARD_KERNEL: Final = 0.55 * _MEBIBYTE
-_BACKWARD_KERNELS: Final = 1.55 * _MEBIBYTE  # of the gradients of input and weight
-_KERNELS_KEPT: Final = 1_024
-_KERNEL: Final = 0.6 * _MEBIBYTE
+_KERNEL_ROW: Final = 490.0  # bytes for a row of a product, beside half a kernel of the mean size
+_PADDED_SLATES: Final = 1.3  # candidates scored for one that there is
+_LEFT_BY_SCORING: Final = 0.65
+_UNLIKE_BATCHES: Final = 1.6  # heap beside that of a training whose batches are alike
+_WORKING: Final = 50 << 20  # buffers of threads and libraries, from the first text encoded on
+_SESSION: Final = 1.27  # ONNX Runtime's memory of a float32 graph, for a byte of it
+_LEFT_BY_MODEL: Final = 0.35  # of its weights, when a model has been let go of
 
 
 def child_shape(
@@ -222,6 +224,7 @@ class _Run:
     Attributes:
         held: Bytes that live until they are let go of, by part.
         heap: Freed bytes that later moments may find room in.
+        compiled: Bytes of the kernels of all products so far.
     """
 
     parent: EncoderShape
@@ -235,12 +238,13 @@ class _Run:
     trainable: float = 0.0
     texts: float = 0.0
     peak: Memory = field(default_factory=lambda: Memory({}))
-    moments: list[tuple[str, float]] = field(default_factory=lambda: [])
     stages: list[Stage] = field(default_factory=lambda: [])
     products: set[_Product] = field(default_factory=lambda: set())
+    compiled: float = 0.0
 
     def __post_init__(self) -> None:
         self.held["context"] = self.calibration.context_bytes
+        self.held["context"] += _WORKING
         self.held["tables"] = self.workload.table_bytes * 2.0
         self.stages.append(Stage("start", 1, 0.0, 0.0, self.calibration.start_seconds))
 
@@ -256,33 +260,32 @@ class _Run:
         self.held[part] = self.held.get(part, 0.0) + size
 
     def drop(self, part: str, *, to_heap: bool = True) -> None:
-        """Let go of a part; small pieces stay resident as room for others."""
+        """Let go of a part; where it is made of small pieces, they stay resident."""
         size = self.held.pop(part, 0.0)
         if to_heap:
             self.heap += size
 
-    def moment(self, name: str, temporary: float = 0.0) -> None:
+    def moment(self, name: str, temporary: float = 0.0, mapped: float = 0.0) -> None:
         """Note what lives now, with what is allocated for a while.
 
-        What was freed before gives room to a share of what is new; the C library does not move
-        what lives, so that the rest of it lies in gaps too small.
+        Args:
+            name: Of the moment.
+            temporary: Bytes in small pieces: they find room in what was freed before, and stay
+                resident when they are freed.
+            mapped: Bytes in pieces so large that they go back to the operating system.
         """
-        temporary *= self.calibration.allocator
         self.heap = max(self.heap, temporary)
-        parts = {**self.held, "kernels": self.kernels(), "temporary": self.heap}
+        parts = {**self.held, "kernels": self.compiled, "freed": self.heap, "temporary": mapped}
         memory = Memory({k: math.ceil(v) for k, v in parts.items() if v > 0}, name)
-        self.moments.append((name, memory.total))
         if memory.total > self.peak.total:
             self.peak = memory
 
-    def kernels(self) -> float:
-        """Kernels compiled so far."""
-        if not self.half:
-            return 0.0
-        backward = sum(1 for product in self.products if product[3])
-        forward = len({product[:3] for product in self.products})
-        size = forward * _FORWARD_KERNEL + backward * _BACKWARD_KERNELS
-        return min(size, _KERNELS_KEPT * _KERNEL)
+    def gaps(self, half: bool) -> float:
+        """What the allocator holds for a byte of activations."""
+        family = {"modernbert": "modernbert"}.get(self.parent.model_type, "bert")
+        if self.parent.causal:
+            family = "decoder"
+        return self.calibration.heap_share(family, "bf16" if half else "fp32", "plain")
 
     # ---------------------------------------------------------------- work
 
@@ -335,6 +338,8 @@ class _Run:
         widths: int = 0,
         passes: float = 3.0,
         extra_per_token: float = 0.0,
+        gaps: float = 1.0,
+        mapped: float = 0.0,
     ) -> None:
         """Training steps on texts.
 
@@ -351,6 +356,8 @@ class _Run:
             widths: Distinct shapes of matrices; 0 for layers that are alike.
             passes: Forward passes that a step's operations are worth.
             extra_per_token: Bytes kept of a token and layer besides.
+            gaps: Heap beside that of batches that are alike.
+            mapped: Bytes in large pieces that a step needs besides.
         """
         if not steps:
             return
@@ -377,7 +384,7 @@ class _Run:
         self.hold("optimiser states", 2 * _FLOAT * learning)
         self.trainable = max(self.trainable, learning)
         self.texts = max(self.texts, float(texts))
-        self.moment(name, kept + beside)
+        self.moment(name, kept * self.gaps(self.half) * gaps + beside, mapped)
         work = self.forward(shape, buckets, self.half)
         share = texts / pool if pool > texts else 1.0
         work.flops *= passes * share
@@ -397,8 +404,10 @@ class _Run:
         width = self.parent.width
         gathered = at_once * width + 2 * at_once / workload.slate * _HISTORY * width
         similar = at_once * _HISTORY * _SUMMARIES
-        vectors = workload.items * width * 4
-        self.moment(name, _FLOAT * (gathered + similar + vectors))
+        scored = _FLOAT * (gathered + similar) * _PADDED_SLATES
+        # What small pieces of it leave behind, and the vectors of all items, twice.
+        self.held["scoring"] = scored * _LEFT_BY_SCORING + 2 * _vectors(self, self.parent)
+        self.moment(name, mapped=scored)
         work = _Work(
             flops=2.0 * pairs * _HISTORY * width,
             bytes=_FLOAT * pairs * (_HISTORY * _SUMMARIES * 2 + width * 3),
@@ -422,17 +431,22 @@ class _Run:
         if widths:
             kinds = {(number, w) for number in range(widths)}
         self.products |= {(row, *kind, backward) for row in rows for kind in kinds}
+        # One a product, two more for its gradients.
+        forward = {product[:3] for product in self.products}
+        of_rows = [product[0] for product in forward]
+        of_rows += 2 * [product[0] for product in self.products if product[3]]
+        mean = self.calibration.kernel_bytes / 2 + _KERNEL_ROW * sum(of_rows) / len(of_rows)
+        self.compiled = mean * min(len(of_rows), self.calibration.kernels)
 
     def forward(self, shape: EncoderShape, buckets: list[tuple[int, int]], half: bool) -> _Work:
         """Work of encoding batches without gradients."""
         work = _Work(precision="bf16" if half else "fp32")
-        for count, length in buckets:
-            tokens = count * length
-            matrices = 2.0 * shape.matrix_parameters * tokens
-            attention = 4.0 * length * shape.attention_width * tokens
-            work.flops += shape.layers * (matrices + attention)
-            work.bytes += shape.layers * layer_saves(shape, half).per_token * tokens * 1.5
-            work.operators += shape.layers * 35
+        tokens = sum(count * length for count, length in buckets)
+        pairs = sum(count * length * length for count, length in buckets)
+        matrices = 2.0 * shape.matrix_parameters * tokens
+        work.flops = shape.layers * (matrices + 4.0 * shape.attention_width * pairs)
+        work.bytes = shape.layers * layer_saves(shape, half).per_token * tokens * 1.5
+        work.operators = shape.layers * 35 * len(buckets)
         return work
 
     def stage(self, name: str, repeats: float, work: _Work) -> None:
@@ -477,11 +491,11 @@ def _layers(shape: EncoderShape) -> float:
 def _load(run: _Run, part: str, shape: EncoderShape) -> None:
     """Load an encoder: built with weights of its own before those of the file replace them."""
     run.hold(part, _weights(shape))
-    run.moment("loading", _weights(shape))
+    run.moment("loading", mapped=_weights(shape))
 
 
 def _save(run: _Run, shape: EncoderShape) -> None:
-    run.moment("saving", _weights(shape))
+    run.moment("saving", mapped=_weights(shape))
 
 
 def _vectors(run: _Run, shape: EncoderShape) -> float:
@@ -570,7 +584,9 @@ def _prune(run: _Run) -> None:
     candidates = 1 + min(int(config["negatives"]), max(0, round(workload.slate) - 1))
     texts = max(1, round(workload.popularity.distinct(batch * candidates)))
     # All weights want gradients, embeddings too, and all candidates are padded together.
-    run.hold("gradients of all weights", _weights(parent))
+    table = float(_FLOAT * parent.embedding_parameters)
+    run.hold("gradients of the embeddings", table)
+    run.hold("gradients of the layers", _FLOAT * _layers(parent))
     run.learn(
         "importance",
         parent,
@@ -579,12 +595,15 @@ def _prune(run: _Run) -> None:
         size=texts,
         pool=texts,
         learning=0,
+        gaps=_UNLIKE_BATCHES,
+        mapped=table,  # the gradient of one batch, before it is added
     )
-    run.drop("gradients of all weights", to_heap=False)
-    run.moment("pruning", _weights(parent) + _FLOAT * _layers(run.child))
+    run.drop("gradients of the embeddings", to_heap=False)
+    run.drop("gradients of the layers")
+    run.moment("pruning", mapped=_weights(parent))
     run.hold("child", _weights(run.child))
     run.drop("unpruned copy", to_heap=False)
-    _recover(run, widths=4 * parent.layers)
+    _recover(run, widths=_unlike(parent))
 
 
 def _low_rank_moments(run: _Run, *, sensitivity: bool) -> None:
@@ -597,9 +616,9 @@ def _low_rank_moments(run: _Run, *, sensitivity: bool) -> None:
     largest = max(i * i for i, _ in ends) * _DOUBLE
     run.hold("moments", 2 * inputs)
     run.encode("moments", parent, texts, half=False)
-    run.moment("moments", 2 * largest)
+    run.moment("moments", mapped=2.0 * largest)
     run.drop("moments")
-    run.heap = max(0.0, run.heap - inputs)
+    run.heap -= inputs  # half of it are the moments themselves, the rest their sums
     run.hold("moments", inputs)
     if not sensitivity:
         return
@@ -607,7 +626,10 @@ def _low_rank_moments(run: _Run, *, sensitivity: bool) -> None:
     buckets = run.workload.lengths.batches(texts, _BUCKET)
     saved = layer_saves(parent, False, weights_learn=False)
     kept = max(saved.bytes(count * length, length) for count, length in buckets)
-    run.moment("sensitivity", kept * parent.layers + 2 * max(o * o for _, o in ends) * _DOUBLE)
+    # Activations find no room between the sums of the moments.
+    run.hold("activations", kept * parent.layers)
+    run.moment("sensitivity", mapped=2.0 * max(o * o for _, o in ends) * _DOUBLE)
+    run.drop("activations")
     work = run.forward(parent, buckets, False)
     work.flops *= 2
     work.bytes *= 3
@@ -634,7 +656,7 @@ def _factorise(run: _Run) -> None:
     bases = sum(2 * o * min(i, o) for i, o in ends) * parent.layers * _DOUBLE
     largest = max(max(i, o) for i, o in ends) ** 2 * _DOUBLE
     run.hold("bases", bases)
-    run.moment("spectra", 6 * largest)
+    run.moment("spectra", mapped=6.0 * largest)
     work = _Work(
         # Symmetric eigenvalue problems take about 9 n^3 operations with vectors (Golub and Van
         # Loan 2013, section 8.3), two of them a matrix.
@@ -645,7 +667,7 @@ def _factorise(run: _Run) -> None:
     run.drop("bases")
     run.drop("moments")
     run.drop("sensitivities")
-    run.drop("child", to_heap=True)
+    run.drop("child", to_heap=False)
     run.hold("child", _weights(child))
     _recover(run, widths=2 * len(ends) * parent.layers)
 
@@ -703,18 +725,20 @@ def _quantize(run: _Run) -> None:
         run.hold("child", written)
     else:
         run.hold("exported graph", whole)
-        run.moment("export", 2 * whole)
-        # A session holds the tables once and the matrices packed.
-        run.hold("float32 session", whole)
-        run.moment("session", whole)
+        run.moment("export", mapped=2.3 * whole)
+        run.hold("float32 session", _SESSION * whole)
+        run.moment("session", mapped=whole)
         run.encode("parity", parent, 4 * samples, half=False)
         if precision != "fp32":
             run.hold("graph", whole)
-            run.moment("graph", 2 * whole)
+            run.moment("graph", mapped=2.5 * whole)
             if precision.startswith("int8"):
                 texts = min(int(config["calibration_texts"]), items)
                 times = (1 if config["smoothing"] else 0) + (precision == "int8_static")
-                run.moment("observing", 2 * whole)
+                # The copy whose activations are outputs, its bytes, and ONNX Runtime's two.
+                activations = _ONNX_BATCH * max(run.workload.lengths.quantiles) * _FLOAT
+                activations *= parent.layers * (4 * parent.width + parent.channels)
+                run.moment("observing", float(activations), mapped=4 * whole)
                 run.encode("observing", parent, texts, times=times, half=False, size=_ONNX_BATCH)
             run.drop("graph")
         run.hold("session", written)
@@ -731,7 +755,7 @@ def _item_vectors(run: _Run) -> None:
     run.hold("item vectors", (1 + codecs) * _vectors(run, parent))
     timed = _TIMED_ITEMS * parent.width
     run.hold("timed catalogues", timed * (_FLOAT + 1 + 1 / 3))
-    run.moment("timing", timed * _FLOAT)
+    run.moment("timing", mapped=float(timed * _FLOAT))
     run.drop("timed catalogues", to_heap=False)
     run.score("validation", times=codecs)
 
@@ -739,13 +763,14 @@ def _item_vectors(run: _Run) -> None:
 def _predictions(run: _Run) -> None:
     parent, models = run.parent, int(run.config.get("models", _MODELS))
     _load(run, "model", parent)
-    run.encode("encoding", parent, run.workload.items, times=models + 1)
-    run.hold("item vectors", 3 * _vectors(run, parent))
+    unlike = _of_family(parent) if models > 1 else 0
+    run.encode("encoding", parent, run.workload.items, times=models + 1, widths=unlike)
+    run.hold("left by models", (models - 1) * _LEFT_BY_MODEL * _weights(parent))
     run.score("validation", times=models, impressions=2 * run.workload.validation_impressions)
     sampled = int(run.config.get("catalogue_sample", 0))
     if sampled:
-        pairs = min(_SIMILARITIES / _HISTORY, float(sampled * run.workload.items))
-        run.moment("catalogue", _FLOAT * (pairs * _HISTORY * _SUMMARIES + pairs * 4))
+        similarities = min(_SIMILARITIES, sampled * run.workload.items * _HISTORY)
+        run.moment("catalogue", mapped=float(_FLOAT * similarities * _SUMMARIES))
         work = _Work(
             flops=2.0 * sampled * run.workload.items * _HISTORY * parent.width,
             bytes=_FLOAT * sampled * run.workload.items * _HISTORY * _SUMMARIES * 2.0,
@@ -753,14 +778,31 @@ def _predictions(run: _Run) -> None:
         run.stage("catalogue", models, work)
 
 
+def _unlike(shape: EncoderShape) -> int:
+    """Shapes of the matrices of a pruned encoder: four a layer where none is like another."""
+    return 4 * shape.layers
+
+
+def _of_family(shape: EncoderShape) -> int:
+    """The same of a family that has a pruned encoder and one whose ranks are all unlike."""
+    return _unlike(shape) + 2 * len(_matrices(shape)) * shape.layers
+
+
 def _measurements(run: _Run) -> None:
     parent, models = run.parent, int(run.config.get("models", _MODELS))
     # All models are timed in turns within one process.
     run.hold("models", models * _weights(parent))
-    run.moment("loading", _weights(parent))
+    run.moment("loading", mapped=_weights(parent))
     rounds = 2.0 * float(run.config.get("throughput_rounds", 3))
     sample = int(run.config.get("throughput_texts", 256))
-    run.encode("timing", parent, sample, times=rounds * models, size=_TIMED_BATCH)
+    run.encode(
+        "timing",
+        parent,
+        sample,
+        times=rounds * models,
+        size=_TIMED_BATCH,
+        widths=_of_family(parent) if models > 1 else 0,
+    )
 
 
 # What the steps of a searched chain have, where the search does not say otherwise.
@@ -804,20 +846,20 @@ _CHAIN: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 
 
 def _compressed(run: _Run) -> None:
-    """Chains of distill, prune, trim and quantize in one process; the first meets the budget.
+    """Chains of distill, prune, trim and quantize in one process, until one meets the budget.
 
-    Whatever a step lets go of stays as room for the next one, and so do its kernels.
+    A chain may leave out any step, so that each may start from the root. Whatever a step lets go of
+    stays as room for the next one, and so do its kernels.
     """
-    _load(run, "reference", run.parent)
-    run.validate(run.parent)
-    shape, before = run.parent, dict(run.held)
+    root = run.parent
+    _load(run, "reference", root)
+    run.validate(root)
+    before = dict(run.held)
     for kind, config in _CHAIN.items():
-        run.config, run.parent = config, shape
-        run.child = child_shape(kind, shape, config, run.workload)
+        run.config, run.child = config, child_shape(kind, root, config, run.workload)
         _PLANNERS[kind](run)
-        shape = run.child
         run.held = dict(before)
-    run.config = {}
+    run.config, run.child = {"models": 2}, root
     _measurements(run)
 
 

@@ -55,11 +55,19 @@ class ItemEncoder:
         vectors: list[Tensor] = []
         order: list[Rows] = []
         with mixed_precision(self._device, self._speed.precision != "fp32"):
-            for bucket in self._buckets(rows):
+            for bucket in self._ordered(rows):
                 vectors.append(self._encode(rows[bucket]))
                 order.append(bucket)
         inverse = np.argsort(np.concatenate(order))
         return torch.cat(vectors)[torch.from_numpy(inverse).to(self._device)]
+
+    def _ordered(self, rows: Rows) -> list[Rows]:
+        """The batches; longest first where no graph keeps them, so that each fits where one was.
+
+        With gradients the order decides in which order these add up, and so their last bits.
+        """
+        buckets = list(self._buckets(rows))
+        return buckets if torch.is_grad_enabled() else buckets[::-1]
 
     def _buckets(self, rows: Rows) -> Iterator[Rows]:
         if self._speed.length_buckets:

@@ -58,7 +58,7 @@ from recflow.modeling.encoder import (
 )
 from recflow.modeling.hidden_states import HiddenStates, HiddenStateStore
 from recflow.modeling.item_encoder import ItemEncoder
-from recflow.modeling.memory import peak_rss_bytes
+from recflow.modeling.memory import peak_rss_bytes, release_memory
 from recflow.modeling.objectives import greater_is_better, validation_metric
 from recflow.modeling.optimiser import Optimiser, ParameterGroup, deterministic
 from recflow.modeling.ranker import RankerParts, count_parameters, save_ranker
@@ -382,7 +382,9 @@ class TrainingRun:
         if local:
             self._average(optimiser)
         validated = time.monotonic()
+        release_memory()
         validation = self._validate(phase)
+        release_memory()
         now = time.monotonic()
         return EpochReport(
             phase=phase.name,
@@ -529,6 +531,7 @@ class TrainingRun:
             return UserModel(shape, dropout=config.user_model.dropout)
 
     def _begin_phase(self, phase: _Phase) -> Optimiser:
+        release_memory()
         config = self._config
         if not config.distribution.shard_encoder:
             for name, parameter in self._encoder.named_parameters():

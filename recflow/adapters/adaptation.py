@@ -11,7 +11,9 @@ import polars as pl
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import ADAPTED_ENCODER, ITEMS, TRAIN
 from recflow.adapters.models import weights_hash
+from recflow.adapters.planning import PlanningConfig
 from recflow.adapters.snapshots import Snapshot, load_snapshot
+from recflow.adapters.step_plans import require_adaptation
 from recflow.core.artifacts import Artifact, Draft, JsonValue
 from recflow.core.columns import Columns
 from recflow.modeling.adaptation import adapt_encoder
@@ -27,6 +29,7 @@ def build_adapted_encoder(
     config: AdaptationConfig,
     tracker: Tracker,
     code_version: str,
+    planning: PlanningConfig | None = None,
     rebuild: bool = False,
 ) -> Artifact:
     """Adapt the pretrained encoder to the texts of a snapshot and store it.
@@ -40,16 +43,21 @@ def build_adapted_encoder(
         config: How to adapt.
         tracker: Told the configuration and the losses.
         code_version: Version of the adapting code.
+        planning: What it is planned with, and what follows where memory is short.
         rebuild: Adapt again what was adapted.
 
     Raises:
         ArtifactError: The pretrained encoder or the snapshot is missing or not whole.
         ConfigError: The configuration does not fit the encoder.
         ContractError: The snapshot has too few texts.
+        HardwareError: It needs more memory than there is; nothing was begun.
     """
     data = load_snapshot(store, snapshot)
 
     def build(draft: Draft) -> None:
+        planned = require_adaptation(
+            data, base_model=base_model, config=config, planning=planning or PlanningConfig()
+        )
         report = adapt_encoder(
             texts=known_texts(data),
             base_model=base_model,
@@ -58,6 +66,8 @@ def build_adapted_encoder(
             tracker=tracker,
         )
         draft.facts |= cast("dict[str, JsonValue]", asdict(report))
+        if planned is not None:
+            draft.facts |= planned.facts()
 
     return store.build(
         ADAPTED_ENCODER,

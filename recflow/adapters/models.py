@@ -11,6 +11,7 @@ from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.keys import FINE_TUNED, TEST
 from recflow.adapters.planning import PlanningConfig, require_training
 from recflow.adapters.snapshots import Snapshot, load_snapshot
+from recflow.adapters.step_plans import require_variant
 from recflow.compression.family import ROOT, Family
 from recflow.core.artifacts import (
     MANIFEST_NAME,
@@ -103,6 +104,7 @@ def build_variant(
     config: Any,
     tracker: Tracker,
     code_version: str,
+    planning: PlanningConfig | None = None,
     rebuild: bool = False,
 ) -> Artifact:
     """Make one model of the family from its parent, and store it.
@@ -115,12 +117,14 @@ def build_variant(
         config: Configuration of its step.
         tracker: Told the configuration and the course of the step.
         code_version: Version of the step's code.
+        planning: What the step is planned with, and what follows where memory is short.
         rebuild: Make again what was made.
 
     Raises:
         ArtifactError: The parent is missing, altered, or was itself made from other splits or
             another parent than the stored ones.
         ConfigError: The step cannot be taken from this parent.
+        HardwareError: The step needs more memory than there is; it was not begun.
         ParityError: An exported model does not reproduce its parent; nothing is stored.
     """
     variant = family.variants[name]
@@ -128,7 +132,14 @@ def build_variant(
     parent = open_models(store, snapshot, data, family, [variant.parent])[variant.parent]
 
     def take_step(draft: Draft) -> Any:
-        return variant.step.function()(
+        planned = require_variant(
+            data,
+            kind=variant.step.name,
+            parent=parent,
+            config=config,
+            planning=planning or PlanningConfig(),
+        )
+        report = variant.step.function()(
             parent=parent.path,
             output=draft.path,
             items=data.items,
@@ -137,6 +148,9 @@ def build_variant(
             config=config,
             tracker=tracker,
         )
+        if planned is not None:
+            draft.facts |= planned.facts()
+        return report
 
     return _build(
         store,

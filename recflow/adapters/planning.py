@@ -329,37 +329,43 @@ def memory_left(plan: TrainingPlan, free: FreeMemory) -> FreeMemory:
 def require_memory(
     plan: TrainingPlan,
     left: FreeMemory,
-    advise: Callable[[], Sequence[Advice]],
+    advise: Callable[[], Sequence[Advice]] | None = None,
     *,
     go_on: bool = False,
+    work: str = "this training",
+    reclaimable: Sequence[str] = _RECLAIMABLE,
 ) -> None:
-    """Refuse a training that would not fit.
+    """Refuse work that would not fit.
 
-    Kept hidden states are pages of a mapped file: they count in a process' memory, but the kernel
-    drops them when memory is short. They make no training refused. Neither does a GPU's context,
-    which whoever asks for its free memory has already made.
+    A training's kept hidden states are pages of a mapped file: they count in a process' memory, but
+    the kernel drops them when memory is short. They make no training refused. Neither does a GPU's
+    context, which whoever asks for its free memory has already made.
 
     Args:
         plan: What it takes.
         left: What it may use.
-        advise: What would make it fit; asked only where it does not.
+        advise: What would make it fit, asked only where it does not; ``None`` where nothing is
+            known that would.
         go_on: Warn, and let it start all the same.
+        work: What it is, for the sentence.
+        reclaimable: Parts that the kernel drops when memory is short.
 
     Raises:
         HardwareError: Says what is needed, what is there, which part is the largest, what would
             make it fit, and how to start all the same.
     """
-    missing = _missing(plan, left)
+    missing = _missing(plan, left, reclaimable)
     if missing is None:
         return
     place, memory, have = missing
     sentence = (
-        f"this training needs {gib(memory.total)} of {place} and {gib(have)} are left for it; "
-        f"the largest part is {memory.largest} with {gib(memory.parts[memory.largest])}; "
-        f"{_advice(advise())}"
+        f"{work} needs {gib(memory.total)} of {place} and {gib(have)} are left for it; "
+        f"the largest part is {memory.largest} with {gib(memory.parts[memory.largest])}"
     )
+    if advise is not None:
+        sentence += f"; {_advice(advise())}"
     if not go_on:
-        raise HardwareError(f"{sentence}; to train all the same, set memory: go_on")
+        raise HardwareError(f"{sentence}; to start all the same, set memory: go_on")
     logger.warning("%s; it starts all the same, as memory: go_on says", sentence)
 
 
@@ -446,9 +452,11 @@ def compared_models_table(compared: Mapping[str, Sequence[Measured]]) -> str:
     return "\n".join(lines)
 
 
-def _missing(plan: TrainingPlan, left: FreeMemory) -> tuple[str, Memory, int] | None:
+def _missing(
+    plan: TrainingPlan, left: FreeMemory, reclaimable: Sequence[str]
+) -> tuple[str, Memory, int] | None:
     """Where memory is short, what is needed there, and what there is."""
-    host = _without(plan.host_memory, *_RECLAIMABLE)
+    host = _without(plan.host_memory, *reclaimable)
     if left.device is not None:
         device = _without(plan.memory, _CONTEXT)
         if not device.fits(left.device):

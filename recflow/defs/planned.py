@@ -16,6 +16,7 @@ _PLOTTED: Final[Mapping[str, tuple[str, ...]]] = {
     "peak_memory_bytes": ("peak memory",),
     "peak_device_memory_bytes": ("peak device memory",),
     "step_seconds": ("encoder step", "head step"),
+    "seconds": ("training", "whole step"),
 }
 
 

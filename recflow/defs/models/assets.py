@@ -130,6 +130,12 @@ def fine_tuned(
 def _variant_asset(variant: Variant) -> dg.AssetsDefinition:
     """The asset of one model of the family."""
     keys = run_config(variant.config, without=OF_THE_DEPLOYMENT)
+
+    class StepConfig(keys):  # pyright: ignore[reportGeneralTypeIssues, reportUntypedBaseClass]
+        __doc__ = keys.__doc__
+
+        memory: Literal["refuse", "go_on"] = Field("refuse", description=MEMORY)
+
     key = family.key(variant.name)
 
     @model_asset(
@@ -142,11 +148,12 @@ def _variant_asset(variant: Variant) -> dg.AssetsDefinition:
     )
     def model(
         context: dg.AssetExecutionContext,
-        config: keys,  # pyright: ignore[reportInvalidTypeForm]
+        config: StepConfig,
         store: StoreResource,
         mlflow: dg.ResourceParam[Any],
     ) -> dg.MaterializeResult:
         from recflow.adapters.models import build_variant
+        from recflow.adapters.planning import PlanningConfig
 
         with tracker_of(mlflow, prefix=f"{variant.name}.") as tracker:
             artifact = build_variant(
@@ -161,6 +168,9 @@ def _variant_asset(variant: Variant) -> dg.AssetsDefinition:
                 ),
                 tracker=tracker,
                 code_version=code_version_of(context),
+                planning=PlanningConfig(
+                    config.memory, settings.calibration_file, settings.catalogue
+                ),
                 rebuild=config.rebuild,
             )
         return _model_result(key, artifact, mlflow)

@@ -28,7 +28,7 @@ from recflow.defs.models.run_config import (
     run_config,
     training_config,
 )
-from recflow.defs.planned import MEMORY
+from recflow.defs.planned import MEMORY, plan_metadata
 from recflow.defs.resources import BaseModelResource, StoreResource, settings
 from recflow.defs.tracking import run_metadata, tracker_of
 from recflow.modeling.config import with_values
@@ -42,6 +42,8 @@ AdaptationKeys: type[Rebuild] = run_config(ADAPTATION_DEFAULTS, without=OF_THE_D
 
 class AdaptationRunConfig(AdaptationKeys):
     """How the encoder is adapted to the snapshot's texts."""
+
+    memory: Literal["refuse", "go_on"] = Field("refuse", description=MEMORY)
 
 
 class LabelEfficiencyRunConfig(TrainingKeys):
@@ -90,6 +92,7 @@ def adapted_encoder(
 ) -> dg.MaterializeResult:
     """Adapt the encoder."""
     from recflow.adapters.adaptation import build_adapted_encoder
+    from recflow.adapters.planning import PlanningConfig
 
     with tracker_of(mlflow, prefix="adapted_encoder.") as tracker:
         artifact = build_adapted_encoder(
@@ -99,9 +102,11 @@ def adapted_encoder(
             config=with_values(ADAPTATION_DEFAULTS, own_values(config, AdaptationKeys)),
             tracker=tracker,
             code_version=code_version_of(context),
+            planning=PlanningConfig(config.memory, settings.calibration_file, settings.catalogue),
             rebuild=config.rebuild,
         )
-    return artifact_result(ADAPTED_ENCODER, artifact, run_metadata(mlflow))
+    extra = {**plan_metadata(artifact.facts), **run_metadata(mlflow)}
+    return artifact_result(ADAPTED_ENCODER, artifact, extra)
 
 
 @model_asset(

@@ -180,7 +180,7 @@ def test_a_training_without_memory_is_refused_before_it_begins(
     assert sentence.startswith("this training needs ")
     assert "the largest part is context with" in sentence
     assert "nothing makes it fit here" in sentence
-    assert sentence.endswith("to train all the same, set memory: go_on")
+    assert sentence.endswith("to start all the same, set memory: go_on")
     assert "\n" not in sentence
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
     assert not [*(tmp_path / "store" / "models").rglob("*.*")]

@@ -21,10 +21,10 @@ from recflow.compression.measure import MeasurementConfig
 from recflow.compression.prune import prune_layer
 from recflow.compression.student import build_student, choose_layers
 from recflow.core.errors import ConfigError
-from recflow.hardware.device import GIB, Device, Price
+from recflow.hardware.device import Device, Price
 from recflow.hardware.plan import TrainingPlan
 from recflow.hardware.shape import EncoderShape
-from recflow.hardware.steps import KINDS, child_shape, plan_step
+from recflow.hardware.steps import _CHAIN, KINDS, child_shape, plan_step  # pyright: ignore[reportPrivateUsage]
 from recflow.hardware.workload import TextLengths, TrainingWorkload
 from recflow.modeling.adaptation_config import AdaptationConfig
 from recflow.modeling.encoder import TextEncoder, load_pretrained
@@ -204,6 +204,21 @@ def test_unknown_steps_and_gpus_are_refused() -> None:
 
 
 def test_memory_says_when_the_peak_is() -> None:
-    plan = _plan("low_rank")
-    assert plan.memory.moment == "recovery"
-    assert 0.8 * GIB < plan.memory.total < 8 * GIB
+    # What statistics and recovery have freed is still resident when accuracies are measured.
+    assert _plan("low_rank").memory.moment == "validation"
+    assert _plan("low_rank").memory.parts["freed"] > 8 * 2 * MINI.layers * MINI.channels**2
+    few = replace(WORKLOAD, validation_impressions=100)
+    assert _plan("quantize", workload=few).memory.moment == "observing"
+    assert _plan("quantize", workload=few, precision="fp16").memory.moment == "graph"
+
+
+def test_the_chain_of_a_search_has_the_defaults_of_its_steps() -> None:
+    expected = {
+        "distill": asdict(DistillationConfig(layers=4)),
+        "prune": asdict(PruningConfig(target_share=0.6)),
+        "trim": asdict(TrimmingConfig()),
+        "quantize": asdict(QuantizationConfig(precision="int8_static")),
+    }
+    assert set(_CHAIN) == set(expected)
+    for kind, values in _CHAIN.items():
+        assert dict(values) == {key: expected[kind][key] for key in values}

@@ -40,6 +40,7 @@ MemoryPolicy: TypeAlias = Literal["refuse", "go_on"]
 
 PEAK_MEMORY: Final = "peak memory"
 DEVICE_PEAK_MEMORY: Final = "peak device memory"
+WHOLE: Final = "training"  # all that was done, loading of the process left out
 
 # Names of parts in the planner's memory.
 _CONTEXT, _TABLES, _HIDDEN_STATES = "context", "tables", "hidden states"
@@ -416,7 +417,7 @@ def measured_beside(plan: TrainingPlan, report: TrainingReport) -> list[Measured
         whole += seconds[_HIDDEN_STATES]
     if not report.resumed_at_step:
         whole += seconds.get("encoding", 0.0)  # of all items, before the first epoch
-        found.append(Measured("training", "seconds", whole, report.seconds))
+        found.append(Measured(WHOLE, "seconds", whole, report.seconds))
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from recflow.adapters.planning import (
     PEAK_MEMORY,
+    WHOLE,
     PlanningConfig,
     measured_facts,
     memory_left,
@@ -37,8 +38,6 @@ from recflow.modeling.memory import peak_rss_bytes
 from recflow.modeling.texts import TOKENIZER_NAME
 
 logger = logging.getLogger("recflow.hardware")
-
-WHOLE = "whole step"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ _PLOTTED: Final[Mapping[str, tuple[str, ...]]] = {
     "peak_memory_bytes": ("peak memory",),
     "peak_device_memory_bytes": ("peak device memory",),
     "step_seconds": ("encoder step", "head step"),
-    "seconds": ("training", "whole step"),
+    "seconds": ("training",),
 }
 
 
@@ -54,7 +54,7 @@ def plans_metadata(plans: JsonValue) -> dict[str, dg.MetadataValue]:
     """
     from recflow.adapters.planning import compared_facts, compared_models_table
 
-    if not isinstance(plans, Mapping):
+    if not isinstance(plans, Mapping) or not plans:
         return {}
     compared = {name: compared_facts({"plan": rows}) for name, rows in plans.items()}
     return {"plan": dg.MetadataValue.md(compared_models_table(compared))}

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from recflow.adapters import planning, step_plans
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.budget_search import (
     BudgetSearchConfig,
@@ -14,12 +15,14 @@ from recflow.adapters.budget_search import (
 )
 from recflow.adapters.keys import COMPRESSED, FINE_TUNED, TEST, TRAIN
 from recflow.adapters.models import build_fine_tuned, build_variant, open_models
+from recflow.adapters.planning import PlanningConfig, compared_facts
 from recflow.adapters.snapshots import load_snapshot
 from recflow.compression.budget import Budget, ChainSpace
 from recflow.compression.config import QuantizationConfig
 from recflow.compression.family import Family, family_from, with_deployment
 from recflow.core.artifacts import Artifact
-from recflow.core.errors import ArtifactError, ConfigError, ParityError
+from recflow.core.errors import ArtifactError, ConfigError, HardwareError, ParityError
+from recflow.hardware.machine import FreeMemory
 from recflow.modeling.ranker import load_ranker
 from recflow.modeling.tracking import NullTracker
 from recflow_tests.unit.adapters.tiny_snapshot import store_snapshot
@@ -57,7 +60,9 @@ class World:
             code_version="1",
         )
 
-    def make(self, name: str, family: Family = FAMILY, config: Any = None) -> Artifact:
+    def make(
+        self, name: str, family: Family = FAMILY, config: Any = None, **options: Any
+    ) -> Artifact:
         variant = family.variants[name]
         return build_variant(
             self.store,
@@ -67,6 +72,7 @@ class World:
             config=config or with_deployment(variant.config, seed=0, threads=1),
             tracker=NullTracker(),
             code_version="1",
+            **options,
         )
 
     def search(self, budget: Budget, space: ChainSpace = SPACE) -> Artifact:
@@ -104,6 +110,29 @@ def test_each_model_of_a_chain_names_its_parent(shared: World) -> None:
     stored = load_snapshot(shared.store, DAY)
     assert list(open_models(shared.store, DAY, stored, FAMILY)) == FAMILY.names
     assert load_ranker(small.path).encode(["sea0 the"]).shape == (1, 32)
+
+
+def test_steps_are_planned_before_and_measured_after(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_plans, "free_memory", lambda: FreeMemory(1_000))
+    monkeypatch.setattr(planning, "own_memory", lambda: 0)
+    refusal = r"the step trim needs .* of memory and \S+ GiB are left for it; the largest part is"
+    with pytest.raises(HardwareError, match=refusal) as refused:
+        world.make("trimmed")
+    assert str(refused.value).endswith("to start all the same, set memory: go_on")
+    assert not world.store.path("models/trimmed", DAY).exists()
+
+    told = world.make("trimmed", planning=PlanningConfig(memory="go_on"))
+    monkeypatch.undo()
+    small = world.make("small")
+    for model in (told, small):
+        compared = {row.name: row for row in compared_facts(model.facts)}
+        assert compared["training"].predicted > 0
+        assert compared["training"].measured >= model.facts["seconds"]  # type: ignore[operator]
+        assert model.facts["planned_memory_parts"]["context"] > 0  # type: ignore[index, call-overload]
+        assert "memory" not in model.manifest.config
+    assert world.make("trimmed", rebuild=True).digest == told.digest
 
 
 def test_a_parent_that_is_not_there_is_named(world: World) -> None:

@@ -51,6 +51,8 @@ _MODELS: Final = 13  # of the family that recflow comes with
 
 # Measured: see the benchmark recflow_tests.benchmarks.step_plan.
 _KERNEL_ROW: Final = 490.0  # bytes for a row of a product, beside half a kernel of the mean size
+_COMPILING_SECONDS: Final = 0.8e-3  # of one kernel
+_LOADING_SECONDS: Final = 3.0  # of encoders, tokens and tables, and of writing what is made
 _PADDED_SLATES: Final = 1.3  # candidates scored for one that there is
 _LEFT_BY_SCORING: Final = 0.65
 _UNLIKE_BATCHES: Final = 1.6  # heap beside that of a training whose batches are alike
@@ -225,6 +227,8 @@ class _Run:
         held: Bytes that live until they are let go of, by part.
         heap: Freed bytes that later moments may find room in.
         compiled: Bytes of the kernels of all products so far.
+        compilations: How often a kernel was compiled.
+        overflows: Whether there are more than are kept, so that they are compiled again.
     """
 
     parent: EncoderShape
@@ -241,6 +245,8 @@ class _Run:
     stages: list[Stage] = field(default_factory=lambda: [])
     products: set[_Product] = field(default_factory=lambda: set())
     compiled: float = 0.0
+    compilations: int = 0
+    overflows: bool = False
 
     def __post_init__(self) -> None:
         self.held["context"] = self.calibration.context_bytes
@@ -374,6 +380,8 @@ class _Run:
             step = buckets
         if self.half:
             self.compile(shape, rows, True, widths)
+            if self.overflows:
+                self.compilations += 3 * widths * steps
         saved = layer_saves(shape, self.half)
         kept = sum(saved.bytes(count * length, length) for count, length in step)
         tokens = sum(count * length for count, length in step)
@@ -430,13 +438,16 @@ class _Run:
         kinds = {(w, a), (w, k), (a, w), (w, c), (c, w)}
         if widths:
             kinds = {(number, w) for number in range(widths)}
-        self.products |= {(row, *kind, backward) for row in rows for kind in kinds}
+        new = {(row, *kind, backward) for row in rows for kind in kinds} - self.products
+        self.compilations += len(new) * (3 if backward else 1)
+        self.products |= new
         # One a product, two more for its gradients.
         forward = {product[:3] for product in self.products}
         of_rows = [product[0] for product in forward]
         of_rows += 2 * [product[0] for product in self.products if product[3]]
         mean = self.calibration.kernel_bytes / 2 + _KERNEL_ROW * sum(of_rows) / len(of_rows)
         self.compiled = mean * min(len(of_rows), self.calibration.kernels)
+        self.overflows = len(of_rows) > self.calibration.kernels
 
     def forward(self, shape: EncoderShape, buckets: list[tuple[int, int]], half: bool) -> _Work:
         """Work of encoding batches without gradients."""
@@ -462,6 +473,11 @@ class _Run:
 
     def plan(self) -> TrainingPlan:
         """Put everything together."""
+        self.stages.append(Stage("loading", 1, 0.0, 0.0, _LOADING_SECONDS))
+        if self.compilations:
+            self.stages.append(
+                Stage("kernels", float(self.compilations), 0.0, 0.0, _COMPILING_SECONDS)
+            )
         return TrainingPlan(
             device=self.device,
             devices=1,
@@ -795,6 +811,10 @@ def _measurements(run: _Run) -> None:
     run.moment("loading", mapped=_weights(parent))
     rounds = 2.0 * float(run.config.get("throughput_rounds", 3))
     sample = int(run.config.get("throughput_texts", 256))
+    if run.half:
+        lengths = set(run.workload.lengths.quantiles)  # texts alone, and in batches of any text
+        rows = lengths | {_TIMED_BATCH * length for length in lengths}
+        run.compile(parent, rows, False, _of_family(parent) if models > 1 else 0)
     run.encode(
         "timing",
         parent,

@@ -28,7 +28,7 @@ from recflow.adapters.keys import (
 from recflow.compression.family import ROOT, Family
 from recflow.core.errors import ConfigError, HardwareError, RecflowError
 from recflow.hardware.calibration import Calibration
-from recflow.hardware.choice import choose
+from recflow.hardware.choice import choose, shortage
 from recflow.hardware.device import Device
 from recflow.hardware.plan import Memory, TrainingPlan
 from recflow.hardware.planner import plan_training
@@ -40,6 +40,8 @@ from recflow.hardware.workload import TrainingWorkload
 from recflow.modeling.adaptation_config import AdaptationConfig
 from recflow.modeling.config import STRATEGIES, TrainingConfig, with_values
 from recflow.modeling.search_space import Choices, Range, Space, default_space
+
+Make: TypeAlias = "Callable[[Device], TrainingPlan]"
 
 CATALOGUE_SAMPLE: Final = 1_000
 """Test impressions for which the whole catalogue is ranked, unless a run says otherwise."""
@@ -141,9 +143,6 @@ def _keys(family: Family) -> list[str]:
     ]
 
 
-_Make: TypeAlias = "Callable[[Device], TrainingPlan]"
-
-
 class _Planned:
     """The plans of one deployment, each made once."""
 
@@ -197,7 +196,7 @@ class _Planned:
         measured = self.calibration
         return measured if measured is not None and measured.device == device.name else None
 
-    def training(self, config: TrainingConfig, *, compared: bool = False) -> _Make:
+    def training(self, config: TrainingConfig, *, compared: bool = False) -> Make:
         """How to plan one training.
 
         Args:
@@ -224,15 +223,9 @@ class _Planned:
         self, work: str, configs: Sequence[TrainingConfig], *, compared: bool = False
     ) -> Need:
         """What an asset needs that trains in several ways, one after the other."""
-        # A device refuses precisions, and nothing else.
-        different = {config.speed.precision: config for config in configs}
-        return self.of(
-            work,
-            [self.training(config, compared=compared) for config in configs],
-            probes=[self.training(config) for config in different.values()],
-        )
+        return self.of(work, [self.training(config, compared=compared) for config in configs])
 
-    def adapting(self, adaptation: AdaptationConfig) -> _Make:
+    def adapting(self, adaptation: AdaptationConfig) -> Make:
         """How to plan an adaptation: as a step on processors, as its like in trainings on GPUs."""
         like = self.training(_as_training(adaptation))
         step = self.step("adapt", self.shape, asdict(adaptation))
@@ -258,7 +251,7 @@ class _Planned:
             _WORK.get(kind, f"the step {kind}"), [self.step(kind, parent or self.shape, values)]
         )
 
-    def step(self, kind: str, parent: EncoderShape, values: Mapping[str, Any]) -> _Make:
+    def step(self, kind: str, parent: EncoderShape, values: Mapping[str, Any]) -> Make:
         """How to plan one step; see :func:`plan_step`."""
         child = child_shape(kind, parent, values, self.workload)
 
@@ -269,7 +262,7 @@ class _Planned:
 
         return plan
 
-    def measuring(self, values: Mapping[str, Any]) -> _Make:
+    def measuring(self, values: Mapping[str, Any]) -> Make:
         """How to plan the measurements: memory is that of a fresh process beside the timing one."""
         timing = self.step("measurements", self.shape, values)
 
@@ -285,59 +278,68 @@ class _Planned:
 
     # ------------------------------------------------------------------ the choice
 
-    def of(self, work: str, makes: Sequence[_Make], probes: Sequence[_Make] | None = None) -> Need:
+    def of(self, work: str, makes: Sequence[Make]) -> Need:
         """What an asset needs that does several things, one after the other.
 
         Args:
             work: What it does, for people.
             makes: How to plan each of them.
-            probes: Those that tell whether a device can do all of them; ``None`` for all.
         """
         try:
-            return _need(work, self._cheapest(work, makes, probes or makes))
+            return _need(work, cheapest(work, makes, self.devices, self.max_hours))
         except (ConfigError, HardwareError) as error:
             return Need(work, reason=str(error))
 
-    def _cheapest(
-        self, work: str, makes: Sequence[_Make], probes: Sequence[_Make]
-    ) -> list[TrainingPlan]:
-        """The plans on the cheapest device that all of them fit."""
-        devices = self._able(probes)
-        # Which is the largest hardly depends on the device. The choice is made for that one, and
-        # the others are looked at where it falls: every plan counts in the time that the location
-        # takes to load.
-        first = devices[0]
-        largest = max(makes, key=lambda make: make(first).memory.total)
-        while True:
-            plans = [largest(device) for device in devices]
-            chosen = choose(plans, self.max_hours, work=work).device
-            found = [make(chosen) for make in makes]
-            unfit = [plan for plan in found if not plan.fits]
-            if not unfit:
-                return found
-            devices.remove(chosen)
-            if not devices:
-                choose(unfit, work=work)
 
-    def _able(self, probes: Sequence[_Make]) -> list[Device]:
-        """The devices that can do it.
+def cheapest(
+    work: str, makes: Sequence[Make], devices: Iterable[Device], max_hours: float | None = None
+) -> list[TrainingPlan]:
+    """The plans of several things to do, one after the other, on the cheapest device they all fit.
 
-        Raises:
-            ConfigError: None can.
-        """
-        able: list[Device] = []
-        refused = ConfigError.of("devices", [], "at least one device")
-        for device in self.devices:
-            try:
-                for probe in probes:
-                    probe(device)
-            except ConfigError as error:
-                refused = error
-            else:
-                able.append(device)
-        if not able:
-            raise refused
-        return able
+    Which one is the largest hardly depends on the device. The choice is made for that one, and
+    the others are looked at where it falls: every plan counts in the time that the location
+    takes to load.
+
+    Args:
+        work: What they are, for people.
+        makes: How to plan each of them for a device.
+        devices: Where they may be done.
+        max_hours: Longest time of each.
+
+    Raises:
+        ConfigError: No device can do it.
+        HardwareError: It fits none, or takes too long on all.
+    """
+    reason: RecflowError = ConfigError.of("devices", [], "at least one device")
+    largest: Make | None = None
+    plans: list[TrainingPlan] = []
+    for device in devices:
+        try:
+            largest = largest or _largest(makes, device)
+            plans.append(largest(device))
+        except ConfigError as error:
+            reason = error
+    while plans:
+        chosen = choose(plans, max_hours, work=work)
+        plans = [plan for plan in plans if plan.fits and plan is not chosen]
+        try:
+            found = [make(chosen.device) for make in makes]
+        except ConfigError as error:
+            reason = error
+            continue
+        unfit = [plan for plan in found if not plan.fits]
+        if not unfit:
+            return found
+        lacking = shortage(unfit[0])
+        reason = HardwareError(f"{work} fits no device; {chosen.device.name} {lacking}")
+    raise reason
+
+
+def _largest(makes: Sequence[Make], device: Device) -> Make:
+    """The one that takes the most memory on a device."""
+    if len(makes) == 1:
+        return makes[0]
+    return max(makes, key=lambda make: make(device).memory.total)
 
 
 def _need(work: str, plans: Sequence[TrainingPlan]) -> Need:

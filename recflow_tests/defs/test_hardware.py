@@ -28,14 +28,18 @@ from recflow.adapters.keys import (
     PREDICTIONS,
     STRATEGIES_STUDY,
 )
-from recflow.adapters.requirements import Need, requirements_of, run_tags
+from recflow.adapters.requirements import Need, cheapest, requirements_of, run_tags
 from recflow.compression.family import load_family
+from recflow.core.errors import HardwareError
 from recflow.definitions import defs
 from recflow.defs.hardware import NEEDS, model_asset, need_metadata
 from recflow.defs.models.run_config import DEFAULTS
 from recflow.hardware.calibration import default_calibration
 from recflow.hardware.catalogue import load_catalogue
-from recflow.hardware.device import GIB
+from recflow.hardware.device import GIB, Device
+from recflow.hardware.plan import Memory, TrainingPlan
+from recflow.hardware.planner import plan_training
+from recflow.hardware.presets import find_shape
 from recflow.hardware.requirements import (
     GPU_COUNT,
     GPU_MEMORY,
@@ -45,6 +49,7 @@ from recflow.hardware.requirements import (
     RAY,
     run_tags_of,
 )
+from recflow.hardware.workload import TrainingWorkload
 from recflow.modeling.config import TrainingConfig, with_values
 from recflow.modeling.search_space import Choices, Range
 from recflow.settings import PROJECT_ROOT
@@ -291,6 +296,23 @@ def test_a_device_that_cannot_multiply_bf16_is_passed_over() -> None:
     assert "bf16" in str(alone[FINE_TUNED].reason)
     assert "t4" in str(alone[PREDICTIONS].reason)
     assert "a CPU machine" in str(alone[PREDICTIONS].reason)
+
+
+def test_a_device_that_the_largest_fits_and_another_does_not_is_passed_over() -> None:
+    def plan(device: Device, memory_gib: float) -> TrainingPlan:
+        workload = TrainingWorkload.typical()
+        made = plan_training(find_shape("all-MiniLM-L6-v2"), TrainingConfig(), workload, device)
+        return replace(made, memory=Memory({"weights": round(memory_gib * GIB)}))
+
+    cpu, l4, h100 = (CATALOGUE[name] for name in ("cpu-2", "l4", "h100"))
+    # On the first device, a CPU, one takes the most memory; on GPUs the other one does.
+    largest_on_cpu = lambda device: plan(device, 4.0 if device.is_gpu else 40.0)  # noqa: E731
+    largest_on_gpu = lambda device: plan(device, 60.0 if device.is_gpu else 30.0)  # noqa: E731
+    makes = [largest_on_gpu, largest_on_cpu]
+    chosen = cheapest("both", makes, [cpu, l4, h100])
+    assert [made.device.name for made in chosen] == ["h100", "h100"]
+    with pytest.raises(HardwareError, match=r"both fits no device; l4 needs 60.0 GiB of"):
+        cheapest("both", makes, [cpu, l4])
 
 
 def test_measured_factors_count_for_the_device_that_they_name_alone() -> None:

@@ -1,6 +1,8 @@
 """A code location whose steps need what model assets need, and only wait."""
 
+import os
 import time
+from pathlib import Path
 
 import dagster as dg
 
@@ -12,7 +14,9 @@ from recflow.modeling.config import TrainingConfig
 
 BASE_MODEL = "bert-base-uncased"
 DEVICES = ("cpu-8", "l4")
-SECONDS = 6.0
+# Environment variable: the file that ends the waiting of trainings.
+RELEASE = "QUEUE_TEST_RELEASE"
+LONGEST_WAIT = 240.0
 CATALOGUE = load_catalogue()
 NEEDS = requirements_of(
     BASE_MODEL,
@@ -23,18 +27,25 @@ NEEDS = requirements_of(
 )
 
 
-def _waiting_job(name: str, need: Need) -> dg.JobDefinition:
+def _job(name: str, need: Need, *, waits: bool) -> dg.JobDefinition:
     @dg.op(name=f"{name}_step", tags=need.op_tags, pool=need.pool)
-    def wait() -> None:
-        time.sleep(SECONDS)
+    def step() -> None:
+        ends = time.monotonic() + LONGEST_WAIT
+        while waits and not Path(os.environ[RELEASE]).exists():
+            if time.monotonic() > ends:
+                raise TimeoutError("nobody released the training")
+            time.sleep(0.2)
 
     @dg.job(name=name, tags=run_tags([need]), executor_def=dg.in_process_executor)
     def job() -> None:
-        wait()
+        step()
 
     return job
 
 
 defs = dg.Definitions(
-    jobs=[_waiting_job("training", NEEDS[FINE_TUNED]), _waiting_job("scoring", NEEDS[PREDICTIONS])]
+    jobs=[
+        _job("training", NEEDS[FINE_TUNED], waits=True),
+        _job("scoring", NEEDS[PREDICTIONS], waits=False),
+    ]
 )

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from recflow.adapters.requirements import Need
 from recflow.hardware.requirements import KUBERNETES, RAY
 from recflow.settings import PROJECT_ROOT
 from recflow_tests.integration.deployment import Deployment
-from recflow_tests.integration.queue_location import BASE_MODEL, DEVICES, NEEDS
+from recflow_tests.integration.queue_location import BASE_MODEL, DEVICES, NEEDS, RELEASE
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -63,9 +63,15 @@ ASSETS = """
 
 @dataclass(frozen=True)
 class WebUI:
-    """The web server of a running deployment."""
+    """The web server of a running deployment.
+
+    Attributes:
+        address: Where it answers.
+        release: The file that ends the trainings of the location ``queue``.
+    """
 
     address: str
+    release: Path
 
     def ask(self, query: str, variables: Mapping[str, Any] | None = None) -> dict[str, Any]:
         request = urllib.request.Request(
@@ -111,17 +117,19 @@ class WebUI:
         assert answer["__typename"] == "LaunchRunSuccess", answer
         return answer["run"]["runId"]
 
-    def wait_for(self, runs: list[str], seconds: float) -> dict[str, dict[str, Any]]:
-        """Records of runs that have ended."""
+    def wait_for(
+        self, runs: list[str], seconds: float, until: Callable[[list[str]], bool]
+    ) -> list[dict[str, Any]]:
+        """Records of runs, as soon as their states are as wanted; none of them may fail."""
         ends = time.monotonic() + seconds
         while True:
             found = self.ask(RUNS, {"ids": runs})["runsOrError"]["results"]
-            states = {run["status"] for run in found}
-            if states == {"SUCCESS"}:
-                return {run["runId"]: run for run in found}
-            assert not states & {"FAILURE", "CANCELED"}, found
+            states = [run["status"] for run in found]
+            assert not {"FAILURE", "CANCELED"} & set(states), found
+            if until(states):
+                return found
             assert time.monotonic() < ends, found
-            time.sleep(1)
+            time.sleep(0.5)
 
 
 def pairs(tags: Mapping[str, str]) -> list[dict[str, str]]:
@@ -153,21 +161,21 @@ def web_ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = home / "dagster.log"
+    log, release = home / "dagster.log", home / "release"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "dagster", "dev", "-w", str(workspace)),
                 *("--host", "127.0.0.1", "--port", str(port)),
             ],
-            env=place.environment(),
+            env={**place.environment(), RELEASE: str(release)},
             cwd=PROJECT_ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
-        ui = WebUI(f"http://127.0.0.1:{port}")
+        ui = WebUI(f"http://127.0.0.1:{port}", release)
         ui.wait_until_loaded(process, log)
         yield ui
     finally:
@@ -216,17 +224,20 @@ def test_runs_of_one_gpu_type_wait_for_each_other_and_for_no_others(web_ui: WebU
     assert (training.gpu_type, scoring.gpu_type) == ("l4", "none")
 
     same = [web_ui.launch("training", training.run_tags) for _ in range(3)]
-    # Submitted last: it would start last if all runs waited for each other.
-    other = web_ui.launch("scoring", scoring.run_tags)
-    untagged = web_ui.launch("scoring", {})
-    runs = web_ui.wait_for([*same, other, untagged], seconds=240)
+    web_ui.wait_for(same, seconds=120, until=lambda runs: "STARTED" in runs)
+    # The training that runs ends when it is told to. Others are begun and done beside it, by a
+    # daemon that looked at the waiting ones first.
+    others = [web_ui.launch("scoring", scoring.run_tags), web_ui.launch("scoring", {})]
+    beside = web_ui.wait_for(others, seconds=120, until=lambda runs: set(runs) == {"SUCCESS"})
+    waiting = web_ui.wait_for(same, seconds=0, until=lambda _: True)
+    assert sorted(run["status"] for run in waiting) == ["QUEUED", "QUEUED", "STARTED"]
+    web_ui.release.touch()
+    done = web_ui.wait_for(same, seconds=180, until=lambda runs: set(runs) == {"SUCCESS"})
 
-    for run in same:
-        assert values(runs[run]["tags"])["recflow/gpu_type"] == "l4"
-    spans = sorted((runs[run]["startTime"], runs[run]["endTime"]) for run in same)
+    assert all(values(run["tags"])["recflow/gpu_type"] == "l4" for run in done)
+    spans = sorted((run["startTime"], run["endTime"]) for run in done)
     for (_, end), (start, _) in itertools.pairwise(spans):
         assert start >= end
-    # If they waited too, they would overlap none.
-    for beside in (other, untagged):
-        began, ended = runs[beside]["startTime"], runs[beside]["endTime"]
-        assert any(began < end and ended > start for start, end in spans)
+    first_start, first_end = spans[0]
+    for run in beside:
+        assert first_start < run["startTime"] < run["endTime"] < first_end

@@ -190,6 +190,7 @@ def _torch_model(path: Path, config: Mapping[str, Any]) -> ServedModel:
             zero_share=min(header.zeros / matrices, 1 - 1e-9),
             dimension=None if projection is None else int(projection),
             matrix_sizes=header.matrix_sizes(),
+            factorised=sum(1 for name in ranks if _LAYER.search(name)),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the encoder's description in {path} cannot be used: {error!r}") from (

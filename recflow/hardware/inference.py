@@ -63,6 +63,7 @@ _CATEGORY_WIDTH: Final = 16
 _SUMMARIES: Final = 12  # six of each of two channels: recflow.modeling.late_fusion
 _SUMMARY_OPERATIONS: Final = 5
 _LAYER_SIZES: Final = 3  # of a layer's matrices: square, up and down
+_LAYER_MATRICES: Final = 6  # queries, keys, values, output, up, down
 _KERNELS: Final = 1024  # that oneDNN keeps: ONEDNN_PRIMITIVE_CACHE_CAPACITY
 
 
@@ -83,6 +84,7 @@ class ServedModel:
         block_size: Weights that share a scale in ``int4``.
         matrix_sizes: Distinct sizes among the matrices of all layers; ``None`` where all layers are
             alike.
+        factorised: Matrices that are stored as two: each is one more product to dispatch.
     """
 
     shape: EncoderShape
@@ -94,6 +96,7 @@ class ServedModel:
     dimension: int | None = None
     block_size: int = 32
     matrix_sizes: int | None = None
+    factorised: int = 0
 
     def __post_init__(self) -> None:
         """Raise ConfigError at the first impossible value."""
@@ -117,6 +120,8 @@ class ServedModel:
             raise ConfigError.of("block_size", self.block_size, "at least 1")
         if self.matrix_sizes is not None and self.matrix_sizes < 1:
             raise ConfigError.of("matrix_sizes", self.matrix_sizes, "at least 1")
+        if self.factorised < 0:
+            raise ConfigError.of("factorised", self.factorised, "0 or more")
 
     @classmethod
     def of(cls, shape: EncoderShape, precision: str = "fp32") -> ServedModel:
@@ -426,7 +431,8 @@ class _Serving:
     def seconds(self, texts: float, length: float) -> float:
         """Seconds of one call of the encoder."""
         speed = self.factors.speed(self.model.runtime, self.model.precision, half=self.half)
-        seconds = speed.call_seconds + self.model.shape.layers * speed.layer_seconds
+        layers = self.model.shape.layers + self.model.factorised / _LAYER_MATRICES
+        seconds = speed.call_seconds + layers * speed.layer_seconds
         seconds += self.flops(texts, length) / (self.rate * speed.matrix_share * self.matrix_ratio)
         reached = self.bandwidth * speed.bandwidth_share * self.bandwidth_ratio
         return seconds + self.moved(texts, length) / reached + texts * self.factors.text_seconds

@@ -8,9 +8,9 @@ one text, of eight, and of 256 in batches are taken in balanced turns of one pro
 one size beside each other. All encode texts of the snapshot's catalogue on one thread. Where other
 things run on the machine, ``--clock processor`` counts the seconds that the thread was running.
 
-``--fit`` fits the times' factors (:mod:`recflow.hardware.serving_factors`) to every second random
-size, prints them as code, and judges them on all the others and on what was stored, which they have
-not seen. ``--results FILE`` keeps what was measured; models found there are not measured again.
+``--fit`` fits the times' factors (:mod:`recflow.hardware.serving_factors`) to every second size and
+every second stored model, prints them as code, and judges them on all others, which they have not
+seen. ``--results FILE`` keeps what was measured; models found there are not measured again.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Seen:
     """What was measured of one model.
 
     Attributes:
-        peak_bytes: Peak memory of a fresh process.
+        peak_bytes: Peak memory of a fresh process; 0 where it was not measured.
         seconds: Median seconds of one call, by how many texts it was given.
     """
 
@@ -230,6 +230,8 @@ def measure(
     texts: Sequence[str],
     clock: Callable[[], float],
     rounds: int,
+    *,
+    memory: bool = True,
 ) -> dict[str, Seen]:
     """Measure models beside each other."""
     import torch
@@ -261,7 +263,7 @@ def measure(
     print(f"  {contenders[0].size}: {rate:,.0f} GFLOP/s of float32 products meanwhile", flush=True)
     encoders.clear()
     return {
-        each.key: Seen(peak_bytes(each, sample) if each.bf16 else 0.0, seconds[each.key])
+        each.key: Seen(peak_bytes(each, sample) if memory and each.bf16 else 0.0, seconds[each.key])
         for each in contenders
     }
 
@@ -293,13 +295,11 @@ class Planner:
         if not contender.bf16:
             rates = {name: rate for name, rate in device.teraflops.items() if name != "bf16"}
             device = replace(device, teraflops=rates)
+        lengths = self.lengths
+        if 1 < texts < _BATCH:  # a single batch of texts that nobody sorted: as long as its longest
+            lengths = TextLengths((lengths.drawn(texts)[-1],))
         workload = InferenceWorkload(
-            items=0,
-            history=0,
-            candidates=0,
-            texts=1,
-            lengths=self.lengths,
-            batch=min(texts, _BATCH),
+            items=0, history=0, candidates=0, texts=1, lengths=lengths, batch=min(texts, _BATCH)
         )
         return plan_inference(contender.model, workload, device, threads=1, factors=factors)
 
@@ -380,6 +380,13 @@ def _share(reciprocal: float) -> float:
     return float(1 / reciprocal) if reciprocal > 1e-6 else 1e6
 
 
+def every_second(contenders: Sequence[Contender]) -> list[Contender]:
+    """Random encoders of every second size in all precisions, and every second stored model."""
+    stored = [each for each in contenders if each.size == STORED]
+    sizes = list(SIZES)[::2]
+    return [each for each in contenders if each.size in sizes or each in stored[::2]]
+
+
 def as_code(factors: ServingFactors) -> Iterator[str]:
     """The speeds as they are written in :mod:`recflow.hardware.serving_factors`."""
     for name, speed in factors.speeds.items():
@@ -432,6 +439,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--rounds", type=int, default=2, help="of two turns each, for large batches"
     )
+    parser.add_argument("--times-only", action="store_true", help="measure no memory")
     parser.add_argument("--fit", action="store_true", help="fit the factors of time")
     parser.add_argument("--results", type=Path, help="keep measurements in this file")
     parser.add_argument("--models", type=Path, help="keep random models in this folder")
@@ -468,19 +476,20 @@ def main(arguments: list[str] | None = None) -> None:
                 )
             everything += contenders
             if not all(each.key in kept for each in contenders):
-                kept |= measure(contenders, texts, clock, options.rounds)
+                kept |= measure(
+                    contenders, texts, clock, options.rounds, memory=not options.times_only
+                )
                 if options.results:
                     content = {key: asdict(value) for key, value in kept.items()}
                     options.results.write_text(json.dumps(content, indent=1), encoding="utf-8")
     if not options.fit:
         print(*table(planner, everything, kept), sep="\n")
         return
-    half = list(SIZES)[::2]
-    learnt = [each for each in everything if each.size in half]
+    learnt = every_second(everything)
     factors = fit(planner, learnt, kept)
-    print("\nfitted to", "; ".join(half), "\n", *as_code(factors), sep="\n")
+    print("\nfitted to every second model", *as_code(factors), sep="\n")
     print("\nmodels that were fitted to\n", *table(planner, learnt, kept, factors), sep="\n")
-    others = [each for each in everything if each.size not in half]
+    others = [each for each in everything if each not in learnt]
     print("\nmodels that were not\n", *table(planner, others, kept, factors), sep="\n")
 
 

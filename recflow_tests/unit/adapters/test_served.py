@@ -134,6 +134,7 @@ def test_low_rank_share_is_that_of_all_layers(tmp_path: Path, base: Path) -> Non
     # 32 x 32 became 4 * (32 + 32), 64 x 32 became 4 * (64 + 32); the others are whole.
     left = LAYERS * MATRICES - (32 * 32 - 4 * 64) - (64 * 32 - 4 * 96)
     assert model.low_rank_share == left / (LAYERS * MATRICES)
+    assert model.factorised == 2
 
 
 def test_zeros_are_those_that_the_file_leaves_out(tmp_path: Path, base: Path) -> None:

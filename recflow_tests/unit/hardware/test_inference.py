@@ -144,6 +144,7 @@ def test_nothing_is_faster_than_the_limit() -> None:
         ({"zero_share": 1.0}, "zero_share"),
         ({"weight_bytes": 0}, "weight_bytes"),
         ({"matrix_sizes": 0}, "matrix_sizes"),
+        ({"factorised": -1}, "factorised"),
     ],
 )
 def test_impossible_models_are_refused(change: dict[str, object], message: str) -> None:

@@ -14,9 +14,15 @@ from typing import Any, Final, cast
 import polars as pl
 
 from recflow.adapters.keys import MEASUREMENTS
-from recflow.adapters.planning import compared_facts, measured_beside, training_workload
+from recflow.adapters.planning import (
+    WHOLE,
+    compared_facts,
+    measured_beside,
+    training_workload,
+)
 from recflow.adapters.served import served_models
 from recflow.adapters.snapshots import Snapshot
+from recflow.adapters.step_plans import planned_shape
 from recflow.compression.family import ROOT, Family
 from recflow.core.artifacts import Artifact, JsonValue, fingerprint_of
 from recflow.core.columns import Columns
@@ -50,7 +56,6 @@ from recflow.modeling.texts import BUCKET_SIZE, TOKENIZER_NAME, TextTokenizer
 TEXTS_PER_SECOND: Final = "texts/s"
 """Unit of throughput in comparisons."""
 
-_WHOLE: Final = "training"  # of all that recflow.adapters.planning compares
 _SAMPLED_TEXTS: Final = 2_000
 _MILLION: Final = 1e6
 _HOUR: Final = 3_600.0
@@ -356,9 +361,12 @@ class _Step:
             self.kind, self.parent, self.child, self.config, self.workload, device, calibration
         )
 
-    def limits(self, _: Artifact, machine: Device) -> dict[str, float]:
-        """Seconds that the full rates of this machine would leave, as ``training``."""
-        return {_WHOLE: self.plan(machine).limit_seconds}
+    def limits(self, artifact: Artifact, machine: Device) -> dict[str, float]:
+        """Seconds that the full rates of the machine that planned it, else of this one, leave."""
+        planned = artifact.facts.get("planned_step")
+        kept = planned.get("limit_seconds") if isinstance(planned, dict) else None
+        seconds = kept if isinstance(kept, float) else self.plan(machine).limit_seconds
+        return {WHOLE: seconds}
 
 
 def _makings(
@@ -378,8 +386,8 @@ def _makings(
             values = models[name].manifest.config
             found[name] = _Step(
                 variant.step.name,
-                _shape_of(serving[variant.parent].model),
-                _shape_of(serving[name].model),
+                planned_shape(serving[variant.parent].model),
+                planned_shape(serving[name].model),
                 # Values that a later recflow added have their defaults.
                 {**asdict(variant.config), **values},
                 root.workload,
@@ -403,14 +411,6 @@ def _training_of(root: Artifact, data: Snapshot) -> _Training:
         other_table_bytes=int(data.splits.test.estimated_size()),
     )
     return _Training(EncoderShape.from_config(transformer), config, workload)
-
-
-def _shape_of(model: ServedModel) -> EncoderShape:
-    """The sizes with products of two narrow matrices counted as what is left of the matrices."""
-    shape = model.shape
-    kept = shape.matrix_parameters * model.low_rank_share
-    lost = shape.matrix_parameters - kept
-    return replace(shape, matrix_parameters=kept, layer_parameters=shape.layer_parameters - lost)
 
 
 def _training_costs(
@@ -455,10 +455,10 @@ def _compared(
             PlannedAndMeasured(name, "training", **asdict(row), limit=limits.get(row.name))
             for row in rows
         ]
-        if seconds is not None and not any(row.name == _WHOLE for row in rows):
+        if seconds is not None and not any(row.name == WHOLE for row in rows):
             found.append(
                 PlannedAndMeasured(
-                    name, "training", _WHOLE, "seconds", None, seconds, limits.get(_WHOLE)
+                    name, "training", WHOLE, "seconds", None, seconds, limits.get(WHOLE)
                 )
             )
     if not compared_facts(models[ROOT].facts):

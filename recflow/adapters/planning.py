@@ -22,7 +22,13 @@ from recflow.core.columns import Columns
 from recflow.core.errors import ContractError, HardwareError
 from recflow.hardware.calibration import Calibration, load_calibration
 from recflow.hardware.device import GIB, Device
-from recflow.hardware.machine import FreeMemory, free_memory, own_memory, this_machine
+from recflow.hardware.machine import (
+    FreeMemory,
+    free_memory,
+    own_memory,
+    this_machine,
+    with_measured_rates,
+)
 from recflow.hardware.plan import Advice, Measured, Memory, TrainingPlan, gib
 from recflow.hardware.planner import plan_training
 from recflow.hardware.shape import EncoderShape
@@ -56,8 +62,8 @@ class PlanningConfig:
 
     Attributes:
         memory: ``refuse`` work that needs more memory than is free, or ``go_on`` with a warning.
-        calibration: File of ``recflow probe``; where there is none, the catalogue's class of this
-            machine counts.
+        calibration: File of ``recflow probe``; where there is none, or it is of a processor and a
+            GPU trains, the catalogue's class of this machine counts.
         catalogue: The user's own catalogue of devices, beside recflow's.
     """
 
@@ -240,7 +246,11 @@ def _machine(chosen: torch.device, planning: PlanningConfig) -> Machine:
     with mixed_precision(chosen):
         bf16 = torch.is_autocast_enabled(chosen.type)
     device = this_machine(catalogue, accelerator=accelerator, bf16=bf16)
-    return Machine(device, load_calibration(file) if file and file.is_file() else None, accelerator)
+    calibration = load_calibration(file) if file and file.is_file() else None
+    # Only a GPU's context is in a driver: a processor's factors say nothing of a GPU.
+    if calibration is None or (calibration.device_context_bytes > 0) != device.is_gpu:
+        return Machine(device, None, accelerator)
+    return Machine(with_measured_rates(device, calibration), calibration, accelerator)
 
 
 def training_workload(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from recflow.adapters.served import served_model
 from recflow.adapters.snapshots import Snapshot
 from recflow.core.artifacts import Artifact, JsonValue
 from recflow.core.errors import ArtifactError, ConfigError, ContractError
+from recflow.hardware.inference import ServedModel
 from recflow.hardware.machine import free_memory, own_memory
 from recflow.hardware.plan import Measured, TrainingPlan
 from recflow.hardware.shape import EncoderShape
@@ -92,7 +93,7 @@ def require_variant(
         HardwareError: It needs more memory than there is.
     """
     try:
-        shape = served_model(parent).shape
+        shape = planned_shape(served_model(parent))
         most = int(read_ranker_config(parent.path)["max_tokens"])
         tokenizer = parent.path / TOKENIZER_NAME
         plan = _plan(data, kind, shape, asdict(config), tokenizer, most, planning)
@@ -127,6 +128,14 @@ def require_adaptation(
         logger.warning("no plan of adapting the encoder: %s", error)
         return None
     return _required(plan, "adapt", planning)
+
+
+def planned_shape(model: ServedModel) -> EncoderShape:
+    """The sizes with products of two narrow matrices counted as what is left of the matrices."""
+    shape = model.shape
+    kept = shape.matrix_parameters * model.low_rank_share
+    lost = shape.matrix_parameters - kept
+    return replace(shape, matrix_parameters=kept, layer_parameters=shape.layer_parameters - lost)
 
 
 def _plan(

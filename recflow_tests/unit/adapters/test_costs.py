@@ -180,7 +180,8 @@ def test_predictions_stand_beside_measurements_with_the_limit(section: CostSecti
     assert whole.predicted is not None
     assert whole.limit is not None
     assert 0 < whole.limit < min(whole.measured, whole.predicted)
-    assert next(row for row in training if row.unit == "bytes").limit is None
+    # Missing where this process had held more before the training.
+    assert all(row.limit is None for row in training if row.unit == "bytes")
 
     speed, memory = [r for r in section.compared if (r.model, r.run) == ("small", "inference")]
     assert (speed.predicted, speed.measured) == (120.0, 100.0)

@@ -1,5 +1,6 @@
 """What a training is going to take: read from its tables, refused where it does not fit, kept."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from recflow.adapters.planning import (
     PlanningConfig,
     compared_facts,
     compared_table,
+    machine_of,
     measured_beside,
     plan_of_training,
     training_workload,
@@ -24,6 +26,7 @@ from recflow.adapters.snapshots import load_snapshot
 from recflow.core.artifacts import Artifact
 from recflow.core.columns import Columns
 from recflow.core.errors import ContractError, HardwareError
+from recflow.hardware.calibration import default_calibration, save_calibration
 from recflow.hardware.machine import FreeMemory
 from recflow.hardware.plan import Measured
 from recflow.modeling.reports import EpochReport, TrainingReport
@@ -323,3 +326,17 @@ def test_a_comparison_is_read_back_and_shown() -> None:
         "| peak memory | 1.50 GiB | 1.00 GiB | +50% |",
         "| step | 100.00 ms | 2.0 s | -95% |",
     ]
+
+
+def test_measured_rates_count_on_the_machine_that_was_measured(tmp_path: Path) -> None:
+    usual = machine_of(ONCE, PlanningConfig())
+    assert usual.calibration is None
+    file = tmp_path / "machine.json"
+    measured = replace(default_calibration(usual.device), teraflops={"fp32": 0.125})
+    save_calibration(measured, file)
+    found = machine_of(ONCE, PlanningConfig(calibration=file))
+    assert found.calibration == measured
+    assert found.device.teraflops["fp32"] == 0.125 != usual.device.teraflops["fp32"]
+    # What was measured on a GPU says nothing of the processor.
+    save_calibration(replace(measured, device_context_bytes=1), file)
+    assert machine_of(ONCE, PlanningConfig(calibration=file)) == usual

@@ -40,6 +40,7 @@ FAMILY = family_from(
         "small": {"parent": "trimmed", "step": "quantize"},
     }
 )
+_PLANNED = ("plan", "planned_step")
 ENERGY = Energy(2.0, "RAPL: package-0")
 SPEED = Measured("throughput", "texts/s", 120.0, 100.0)
 MEMORY = Measured("peak memory", "bytes", 3.9e8, 4e8)
@@ -190,15 +191,29 @@ def test_predictions_stand_beside_measurements_with_the_limit(section: CostSecti
     assert (memory.predicted, memory.measured, memory.limit) == (3.9e8, 4e8, None)
 
 
-def test_what_was_never_predicted_is_not_predicted_afterwards(section: CostSection) -> None:
+def test_what_was_never_predicted_is_not_predicted_afterwards(
+    plan: Callable[..., CostSection], section: CostSection, models: dict[str, Artifact]
+) -> None:
     (row,) = [r for r in section.compared if (r.model, r.run) == ("trimmed", "inference")]
     assert (row.predicted, row.measured) == (None, MEASURED.texts_per_second)
     assert row.limit is not None
-    (step,) = [r for r in section.compared if (r.model, r.run) == ("trimmed", "training")]
+    assert sum("fine_tuned, trimmed were measured" in note for note in section.notes) == 1
+
+    (before,) = [
+        r
+        for r in section.compared
+        if (r.model, r.run, r.name) == ("trimmed", "training", "training")
+    ]
+    assert before.predicted is not None
+    assert before.limit is not None
+    assert 0 < before.limit < before.measured
+    facts = {k: v for k, v in models["trimmed"].facts.items() if k not in _PLANNED}
+    manifest = replace(models["trimmed"].manifest, facts=facts)
+    found = plan(models={**models, "trimmed": replace(models["trimmed"], manifest=manifest)})
+    (step,) = [r for r in found.compared if (r.model, r.run) == ("trimmed", "training")]
     assert (step.name, step.predicted) == ("training", None)
     assert step.limit is not None
     assert 0 < step.limit < step.measured
-    assert sum("fine_tuned, trimmed were measured" in note for note in section.notes) == 1
 
 
 def test_a_root_of_another_recflow_is_priced_with_what_is_known(

@@ -27,10 +27,13 @@ from recflow.core.errors import ConfigError, RecflowError
 from recflow.data.sources import SOURCE_NAMES, open_source
 from recflow.data.sources.base import Source
 from recflow.data.sources.simulated import SimulationConfig, simulate
+from recflow.hardware.catalogue import load_catalogue
 from recflow.settings import ENV_FILE_VARIABLE, ENV_PREFIX, PROJECT_ROOT, Settings, load_settings
 
 INGEST_SELECTION = "group:ingest or group:prepare or group:features"
 TRAIN_SELECTION = "group:splits or group:models or group:evaluation"
+# Comes with the driver of NVIDIA GPUs.
+_SEES_GPUS = "nvidia-smi"
 _INSTANCE_FILE = PROJECT_ROOT / "docker" / "dagster.yaml"
 
 
@@ -166,6 +169,12 @@ def configure(data: str, source: Source, base_model: Path, last_day: date | None
         validation_days=profile.validation_days,
         test_days=profile.test_days,
     )
+    if not settings.devices and shutil.which(_SEES_GPUS) is None:
+        # What the demonstration makes, it makes here: tags that ask for a GPU would let the queue
+        # start two runs beside each other that both use all of this machine's cores.
+        catalogue = load_catalogue(settings.catalogue)
+        processors = ",".join(name for name, device in catalogue.items() if not device.is_gpu)
+        settings = settings.model_copy(update={"devices": processors})
     env_file = home / "recflow.env"
     write_text_atomically(env_file, settings.to_env())
     dagster_home = home / "dagster"

@@ -8,6 +8,7 @@ import pytest
 from recflow import demo
 from recflow.core.errors import ConfigError, SourceError
 from recflow.data.sources import open_source
+from recflow.hardware.catalogue import load_catalogue
 from recflow.settings import ENV_FILE_VARIABLE, load_settings
 from recflow_tests.unit.sources.helpers import write_mind
 
@@ -55,6 +56,23 @@ def test_configuration_covers_the_log_and_can_be_found_again(tmp_path: Path) -> 
     found = demo.find_deployment("mind")
     assert found == made
     assert found.environment()[ENV_FILE_VARIABLE] == str(made.env_file)
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_machine_without_gpu_asks_for_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_gpu: bool
+) -> None:
+    monkeypatch.setattr(demo.shutil, "which", lambda name: f"/usr/bin/{name}" if has_gpu else None)
+    source = open_source("mind", log_of({5: 1, 6: 1, 7: 1}, tmp_path / "logs"))
+    made = demo.configure("mind", source, tmp_path / "model", None)
+    catalogue = load_catalogue()
+    processors = tuple(name for name, device in catalogue.items() if not device.is_gpu)
+    assert made.settings.device_names == (() if has_gpu else processors)
+    assert load_settings(made.env_file).device_names == made.settings.device_names
+
+    monkeypatch.setenv("RECFLOW_DEVICES", "cpu-8,l4")
+    asked = demo.configure("mind", source, tmp_path / "model", None)
+    assert asked.settings.device_names == ("cpu-8", "l4")
 
 
 def test_settings_of_the_caller_do_not_leak_into_a_deployment(

@@ -393,19 +393,23 @@ class _Serving:
             items + similar + summaries + 2.0 * self.workload.candidates * _SUMMARIES * _HEAD_WIDTH
         )
 
-    def moved(self, texts: float, length: float) -> float:
-        """Bytes that one call reads and writes: weights, and activations of every layer."""
-        model, shape = self.model, self.model.shape
+    def weights_moved(self) -> float:
+        """Bytes of weights that one call reads."""
+        model = self.model
         if model.runtime == TORCH:
             weights = model.matrix_weights * (_HALF if self.half else _FLOAT)
             if self.half and model.precision == "fp32":
                 weights += model.matrix_weights * (_FLOAT + _HALF)  # rounded anew at every call
-        elif model.precision == "fp16" and not self.device.is_gpu:
-            weights = model.matrix_weights * _FLOAT
-        else:
-            weights = model.matrix_bytes
+            return weights
+        if model.precision == "fp16" and not self.device.is_gpu:
+            return model.matrix_weights * _FLOAT
+        return model.matrix_bytes
+
+    def activations_moved(self, texts: float, length: float) -> float:
+        """Bytes of activations that all layers read and write."""
+        shape = self.model.shape
         row = (2 + shape.gated) * shape.channels + 4 * shape.attention_width + 8 * shape.width
-        return weights + texts * length * shape.layers * row * _FLOAT
+        return texts * length * shape.layers * row * _FLOAT
 
     def limit_seconds(self, flops: float, moved: float) -> float:
         """Seconds at the device's full rates."""
@@ -434,8 +438,10 @@ class _Serving:
         layers = self.model.shape.layers + self.model.factorised / _LAYER_MATRICES
         seconds = speed.call_seconds + layers * speed.layer_seconds
         seconds += self.flops(texts, length) / (self.rate * speed.matrix_share * self.matrix_ratio)
-        reached = self.bandwidth * speed.bandwidth_share * self.bandwidth_ratio
-        return seconds + self.moved(texts, length) / reached + texts * self.factors.text_seconds
+        bandwidth = self.bandwidth * self.bandwidth_ratio
+        seconds += self.weights_moved() / (bandwidth * speed.bandwidth_share)
+        seconds += self.activations_moved(texts, length) / (bandwidth * speed.activation_share)
+        return seconds + texts * self.factors.text_seconds
 
     def score_seconds(self) -> float:
         """Seconds to rank the candidates of one user."""
@@ -443,7 +449,7 @@ class _Serving:
             return 0.0
         speed = self.factors.speed(TORCH, "fp32", half=False)
         rate = self.device.teraflops["fp32"] * 1e12 * self.thread_share * speed.matrix_share
-        bandwidth = self.bandwidth * speed.bandwidth_share
+        bandwidth = self.bandwidth * speed.activation_share
         return self.factors.score_seconds + self.score_flops() / rate + self.scoring() / bandwidth
 
     def plan(self) -> InferencePlan:
@@ -453,7 +459,10 @@ class _Serving:
         bulk = sum(self.seconds(count, length) for count, length in batches) / texts
         limit = (
             sum(
-                self.limit_seconds(self.flops(count, length), self.moved(count, length))
+                self.limit_seconds(
+                    self.flops(count, length),
+                    self.weights_moved() + self.activations_moved(count, length),
+                )
                 for count, length in batches
             )
             / texts

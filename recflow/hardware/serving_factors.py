@@ -25,14 +25,16 @@ class Speed:
 
     Attributes:
         matrix_share: Share of the device's matrix rate that large batches reach.
-        bandwidth_share: Share of the bandwidth that weights and activations are streamed at; above
-            1 where the caches hold a part of them.
+        bandwidth_share: Share of the bandwidth that weights are streamed at; above 1 where the
+            caches hold a part of them.
+        activation_share: The same of activations, and of the work on each of them.
         layer_seconds: Seconds a layer takes beside its work: operators to dispatch or launch.
         call_seconds: Seconds a call takes beside its layers: padding, embedding, pooling.
     """
 
     matrix_share: float
     bandwidth_share: float
+    activation_share: float
     layer_seconds: float
     call_seconds: float
 
@@ -101,13 +103,13 @@ _CPU: Final = ServingFactors(
     is_measured=True,
     speeds=MappingProxyType(
         {
-            "torch/fp32": Speed(0.37, 0.558, 197e-6, 518e-6),
-            "torch/autocast": Speed(0.561, 1.69, 519e-6, 533e-6),
-            "torch/bf16": Speed(0.645, 0.758, 319e-6, 769e-6),
-            "onnxruntime/fp32": Speed(0.776, 1.11, 33e-6, 0.0),
-            "onnxruntime/int8_static": Speed(0.547, 0.887, 24e-6, 52e-6),
-            "onnxruntime/int8_dynamic": Speed(0.599, 0.809, 18e-6, 68e-6),
-            "onnxruntime/int4": Speed(0.207, 0.706, 0.0, 111e-6),
+            "torch/fp32": Speed(0.426, 0.566, 0.192, 226e-6, 390e-6),
+            "torch/autocast": Speed(0.799, 1.56, 0.305, 483e-6, 466e-6),
+            "torch/bf16": Speed(0.873, 0.824, 0.27, 350e-6, 601e-6),
+            "onnxruntime/fp32": Speed(0.897, 1.09, 0.392, 24e-6, 0.0),
+            "onnxruntime/int8_static": Speed(0.838, 1.05, 0.347, 43e-6, 0.0),
+            "onnxruntime/int8_dynamic": Speed(0.898, 1.01, 0.353, 45e-6, 0.0),
+            "onnxruntime/int4": Speed(0.283, 1.37, 0.195, 42e-6, 0.0),
         }
     ),
     context_bytes=MappingProxyType(
@@ -151,13 +153,13 @@ _GPU: Final = ServingFactors(
     is_measured=False,
     speeds=MappingProxyType(
         {
-            "torch/fp32": Speed(0.56, 0.7, 150e-6, 500e-6),
-            "torch/autocast": Speed(0.22, 0.7, 250e-6, 500e-6),
-            "torch/bf16": Speed(0.22, 0.7, 150e-6, 500e-6),
-            "onnxruntime/fp32": Speed(0.56, 0.7, 60e-6, 200e-6),
-            "onnxruntime/int8_static": Speed(0.22, 0.7, 60e-6, 200e-6),
-            "onnxruntime/int8_dynamic": Speed(0.22, 0.7, 60e-6, 200e-6),
-            "onnxruntime/int4": Speed(0.22, 0.7, 60e-6, 200e-6),
+            "torch/fp32": Speed(0.56, 0.7, 0.7, 150e-6, 500e-6),
+            "torch/autocast": Speed(0.22, 0.7, 0.7, 250e-6, 500e-6),
+            "torch/bf16": Speed(0.22, 0.7, 0.7, 150e-6, 500e-6),
+            "onnxruntime/fp32": Speed(0.56, 0.7, 0.7, 60e-6, 200e-6),
+            "onnxruntime/int8_static": Speed(0.22, 0.7, 0.7, 60e-6, 200e-6),
+            "onnxruntime/int8_dynamic": Speed(0.22, 0.7, 0.7, 60e-6, 200e-6),
+            "onnxruntime/int4": Speed(0.22, 0.7, 0.7, 60e-6, 200e-6),
         }
     ),
     context_bytes=_CPU.context_bytes,

@@ -321,13 +321,14 @@ class Planner:
 
         Found by planning with factors that leave only one of them: a plan is linear in them.
         """
-        zero = Speed(matrix_share=1e18, bandwidth_share=1e18, layer_seconds=0.0, call_seconds=0.0)
+        zero = Speed(1e18, 1e18, 1e18, layer_seconds=0.0, call_seconds=0.0)
         single = (
             zero,
             replace(zero, call_seconds=1.0),
             replace(zero, layer_seconds=1.0),
             replace(zero, matrix_share=1.0),
             replace(zero, bandwidth_share=1.0),
+            replace(zero, activation_share=1.0),
         )
         rest, *values = (
             self.call_seconds(contender, count, _only(speed, self.device)) for speed in single
@@ -351,7 +352,7 @@ def fit(
     """Factors of time that are nearest to what was measured, relative to it.
 
     Non-negative least squares for each runtime and precision; a call's seconds are linear in the
-    seconds of a call, of a layer, and in the reciprocals of both shares.
+    seconds of a call, of a layer, and in the reciprocals of the shares.
     """
     usual = default_factors(planner.device)
     speeds = dict(usual.speeds)
@@ -366,10 +367,11 @@ def fit(
                 rows.append([weight / seconds for weight in weights])
                 goals.append(1 - rest / seconds)
         if rows:
-            call, layer, matrix, bandwidth = nnls(np.array(rows), np.array(goals))[0]
+            call, layer, matrix, bandwidth, activations = nnls(np.array(rows), np.array(goals))[0]
             speeds[name] = Speed(
                 matrix_share=_share(matrix),
                 bandwidth_share=_share(bandwidth),
+                activation_share=_share(activations),
                 layer_seconds=float(layer),
                 call_seconds=float(call),
             )
@@ -391,7 +393,8 @@ def as_code(factors: ServingFactors) -> Iterator[str]:
     """The speeds as they are written in :mod:`recflow.hardware.serving_factors`."""
     for name, speed in factors.speeds.items():
         micro = f"{speed.layer_seconds * 1e6:.0f}e-6, {speed.call_seconds * 1e6:.0f}e-6"
-        yield f'"{name}": Speed({speed.matrix_share:.3g}, {speed.bandwidth_share:.3g}, {micro}),'
+        shares = (speed.matrix_share, speed.bandwidth_share, speed.activation_share)
+        yield f'"{name}": Speed({", ".join(f"{share:.3g}" for share in shares)}, {micro}),'
 
 
 def table(

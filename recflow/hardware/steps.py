@@ -53,7 +53,7 @@ _MODELS: Final = 13  # of the family that recflow comes with
 _KERNEL_ROW: Final = 490.0  # bytes for a row of a product, beside half a kernel of the mean size
 _COMPILING_SECONDS: Final = 0.8e-3  # of one kernel
 _LOADING_SECONDS: Final = 3.0  # of encoders, tokens and tables, and of writing what is made
-_PADDED_SLATES: Final = 1.3  # candidates scored for one that there is
+_PADDED_SLATES: Final = 2.0  # candidates scored for one that there is
 _LEFT_BY_SCORING: Final = 0.65
 _UNLIKE_BATCHES: Final = 1.6  # heap beside that of a training whose batches are alike
 _WORKING: Final = 50 << 20  # buffers of threads and libraries, from the first text encoded on
@@ -410,9 +410,9 @@ class _Run:
         pairs = impressions * workload.slate
         at_once = min(pairs, _SIMILARITIES / _HISTORY)
         width = self.parent.width
-        gathered = at_once * width + 2 * at_once / workload.slate * _HISTORY * width
-        similar = at_once * _HISTORY * _SUMMARIES
-        scored = _FLOAT * (gathered + similar) * _PADDED_SLATES
+        clicks = at_once / workload.slate * _HISTORY
+        padded = at_once * _PADDED_SLATES
+        scored = _FLOAT * ((clicks + padded) * width + padded * _HISTORY * _SUMMARIES)
         # What small pieces of it leave behind, and the vectors of all items, twice.
         self.held["scoring"] = scored * _LEFT_BY_SCORING + 2 * _vectors(self, self.parent)
         self.moment(name, mapped=scored)

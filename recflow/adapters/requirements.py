@@ -11,6 +11,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
@@ -32,7 +33,7 @@ from recflow.hardware.choice import choose, shortage
 from recflow.hardware.device import Device
 from recflow.hardware.plan import Memory, TrainingPlan
 from recflow.hardware.planner import plan_training
-from recflow.hardware.presets import find_shape
+from recflow.hardware.presets import find_shape, preset_config
 from recflow.hardware.requirements import POOL, HardwareRequirement, run_tags_of
 from recflow.hardware.shape import EncoderShape
 from recflow.hardware.steps import child_shape, plan_step
@@ -112,7 +113,8 @@ def requirements_of(
     (:mod:`recflow.hardware.steps` plans them).
 
     Args:
-        base_model: The pretrained encoder; see :func:`find_shape`. Nothing is downloaded.
+        base_model: The pretrained encoder; see :func:`find_shape`. Nothing is downloaded: for a
+            folder that is not there yet, the sizes of the well-known encoder of its name count.
         config: How models are trained.
         family: The smaller models.
         devices: What the deployment has.
@@ -127,12 +129,19 @@ def requirements_of(
         device: its needs say why they are not known, and everything else still works.
     """
     try:
-        shape = find_shape(base_model)
+        shape = _shape_of(base_model)
     except RecflowError as error:
         unknown = Need("the base model", reason=str(error))
         return dict.fromkeys(_keys(family), unknown)
     planned = _Planned(shape, config, tuple(devices), max_hours, calibration)
     return planned.needs(family, adaptation or AdaptationConfig(), space or default_space())
+
+
+def _shape_of(base_model: str) -> EncoderShape:
+    place = Path(base_model)
+    if place.is_absolute() and not place.exists() and preset_config(place.name) is not None:
+        return find_shape(place.name)
+    return find_shape(base_model)
 
 
 def _keys(family: Family) -> list[str]:

@@ -346,6 +346,17 @@ def test_an_unknown_need_is_told_and_breaks_nothing(base_model: str, reason: str
         assert reason in node.metadata["hardware_unknown"].text
 
 
+def test_a_folder_that_is_fetched_later_has_the_sizes_of_the_encoder_of_its_name(
+    tmp_path: Path,
+) -> None:
+    later = needs_of(str(tmp_path / "all-MiniLM-L6-v2"))
+    assert later == needs_of("all-MiniLM-L6-v2")
+    assert needs_of(str(tmp_path / "my-encoder"))[FINE_TUNED].requirement is None
+    # A folder that is there and holds no model is a mistake, not a model that comes later.
+    (tmp_path / "all-MiniLM-L6-v2").mkdir()
+    assert needs_of(str(tmp_path / "all-MiniLM-L6-v2"))[FINE_TUNED].requirement is None
+
+
 def test_the_location_loads_with_a_base_model_that_is_not_here_yet(tmp_path: Path) -> None:
     script = (
         "from recflow.definitions import defs; defs.get_repository_def(); "

@@ -232,7 +232,7 @@ class Measured:
 
     Attributes:
         name: What, e.g. ``peak memory``.
-        unit: ``bytes`` or ``seconds``.
+        unit: ``bytes``, ``seconds`` or ``texts/s``.
         predicted: Before the run.
         measured: In the run.
     """

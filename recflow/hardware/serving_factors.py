@@ -10,13 +10,14 @@ that plans made of them do not call themselves calibrated.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
 from recflow.hardware.device import Device
 
 _MEBIBYTE: Final = 1 << 20
+_TILES: Final = 4  # times the rate of float32: vector units multiply bfloat16 twice as fast
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,19 @@ class ServingFactors:
 
 
 def default_factors(device: Device) -> ServingFactors:
-    """Factors of a kind of device."""
-    return _GPU if device.is_gpu else _CPU
+    """Factors of a kind of device.
+
+    Nothing was measured on processors that multiply tiles, as AMX does: their plans have the
+    factors of vector units and do not call themselves calibrated.
+    """
+    if device.is_gpu:
+        return _GPU
+    rates = device.teraflops
+    if rates.get("bf16", 0.0) > _TILES * rates["fp32"]:
+        return replace(
+            _CPU, is_measured=False, source=f"of vector units, not of tiles: {_CPU.source}"
+        )
+    return _CPU
 
 
 _CPU: Final = ServingFactors(

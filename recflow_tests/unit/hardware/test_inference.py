@@ -127,6 +127,12 @@ def test_no_bfloat16_means_float32() -> None:
     assert not plan.is_calibrated
 
 
+def test_only_what_was_measured_is_called_calibrated() -> None:
+    tiles = replace(CPU, teraflops={"fp32": 0.4, "bf16": 6.4, "int8": 12.8})
+    plans = [plan_inference(ServedModel.of(MINILM), TEXTS, each) for each in (CPU, tiles, T4)]
+    assert [plan.is_calibrated for plan in plans] == [True, False, False]
+
+
 def test_nothing_is_faster_than_the_limit() -> None:
     for runtime, precisions in PRECISIONS.items():
         for precision in precisions:

@@ -149,6 +149,23 @@ def test_the_report_shows_the_family_as_a_tree_with_its_frontier(trained: Deploy
         assert change["low"] <= change["value"] <= change["high"]
 
 
+def test_the_report_prices_every_model_and_shows_what_was_predicted(trained: Deployment) -> None:
+    report = trained.store.get("evaluation/report", str(LAST_DAY))
+    costs = json.loads(report.file("report.json").read_text())["costs"]
+    devices = [device["name"] for device in costs["devices"]]
+    assert [model["name"] for model in costs["models"]] == FAMILY.names
+    for model in costs["models"]:
+        assert [cost["device"] for cost in model["serving"]] == devices
+        assert model["cheapest_serving"] in devices
+        assert model["cheapest_training"] in devices
+        assert model["measured_training_seconds"] > 0
+    predicted = {
+        (row["model"], row["run"]) for row in costs["compared"] if row["predicted"] is not None
+    }
+    assert {("fine_tuned", "training"), *((n, "inference") for n in FAMILY.names)} <= predicted
+    assert not any("No prediction was kept" in note for note in costs["notes"])
+
+
 # Last, because what it makes is judged with the other models from then on.
 def test_a_model_found_for_a_budget_joins_the_report(trained: Deployment) -> None:
     limits = {"max_megabytes": 0.5, "max_auc_loss": 0.9}

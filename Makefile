@@ -14,7 +14,7 @@ FIND_LINKS = $(or $(PIP_FIND_LINKS),$(call PIP_SETTING,global.find-links))
 INDEX_URL = $(or $(PIP_INDEX_URL),$(call PIP_SETTING,global.index-url))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo dev test test-integration check format bench-reading bench-load bench-train bench-strategies bench-compress bench-serving-plan bench-movielens screenshots clean
+.PHONY: help install lock demo dev test test-integration check format bench-reading bench-load bench-train bench-strategies bench-compress bench-planner bench-serving-plan bench-movielens screenshots clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ bench-strategies: $(READY) ## Compare all fine-tuning strategies on what `make d
 
 bench-compress: $(READY) ## Compressed models against other runtimes, on what `make demo` prepared (same DATA=)
 	$(BIN)/python -m recflow_tests.benchmarks.compression --data "$(DATA)"
+
+bench-planner: $(READY) ## Memory and time of trainings, predicted beside measured (after make demo DATA=simulated)
+	$(BIN)/python -m recflow_tests.benchmarks.planner
 
 bench-serving-plan: $(READY) ## What serving takes, predicted beside measured, on what `make demo` stored (same DATA=)
 	$(BIN)/python -m recflow_tests.benchmarks.serving_plan --data "$(DATA)"

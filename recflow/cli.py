@@ -82,6 +82,31 @@ def report(data: Data = "movielens") -> None:
 
 
 @app.command()
+def probe(
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write; the deployment's own if not given: machine.json."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the trainings; the deployment's.")
+    ] = None,
+) -> None:
+    """Measure this machine for a few minutes, so that plans for it rest on its own factors."""
+    from recflow.hardware.calibration import save_calibration
+    from recflow.hardware.catalogue import load_catalogue
+    from recflow.hardware.machine import this_machine
+    from recflow.hardware.probe import probe as measure
+    from recflow.settings import load_settings
+
+    settings = load_settings()
+    device = this_machine(load_catalogue(settings.catalogue))
+    found = measure(device, threads or settings.threads, lambda line: print(line, flush=True))
+    file = output or settings.calibration or settings.home / "machine.json"
+    save_calibration(found, file)
+    print(f"Written: {file}")
+
+
+@app.command()
 def plan(
     model: Annotated[
         str,

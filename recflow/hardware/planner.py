@@ -16,9 +16,9 @@ Sources of the formulas:
   for that of the weight: Kaplan et al. 2020, section 2.1 (https://arxiv.org/abs/2001.08361);
   attention's products: Hoffmann et al. 2022, appendix F (https://arxiv.org/abs/2203.15556).
 * Time: the roofline of Williams et al. 2009 (https://doi.org/10.1145/1498765.1498785): the limit
-  is the larger of operations over matrix rate and bytes over bandwidth; the estimate adds both, each
-  at the share of the rate that was measured (:mod:`recflow.hardware.calibration`), because the
-  operators of a step run one after the other.
+  is the larger of operations over matrix rate and bytes over bandwidth; the estimate adds both,
+  each at the share of the rate that was measured (:mod:`recflow.hardware.calibration`), because
+  the operators of a step run one after the other.
 * Distinct items of a batch: expected number of different ones among independent draws.
 """
 
@@ -28,6 +28,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from recflow.core.errors import ConfigError
@@ -73,6 +74,17 @@ def plan_training(
     return _Training(
         shape, config, workload, device, calibration or default_calibration(device)
     ).plan()
+
+
+def training_work(
+    shape: EncoderShape,
+    config: TrainingConfig,
+    workload: TrainingWorkload,
+    device: Device,
+    calibration: Calibration,
+) -> dict[str, Work]:
+    """The work of one repeat of each stage of a training; see :func:`plan_training`."""
+    return _Training(shape, config, workload, device, calibration).works()
 
 
 class _Training:
@@ -387,11 +399,10 @@ class _Training:
         steps = schedule.encoder_epochs * math.ceil(
             self.workload.clicks / schedule.encoder_batch_size
         )
-        rng = random.Random(0)  # noqa: S311 - no secret; the same plan each time
-        texts, rows = self.texts_per_part, set[int]()
-        for _ in range(min(steps * self.micro, _DRAWN_STEPS)):
-            drawn = TextLengths(tuple(sorted(rng.choices(self.lengths.quantiles, k=texts))))
-            rows |= {count * length for count, length in self.buckets(texts, drawn)}
+        count = min(steps * self.micro, _DRAWN_STEPS)
+        rows = set[int]()
+        for drawn in _drawn(self.lengths, self.texts_per_part, count):
+            rows |= {size * length for size, length in self.buckets(len(drawn.quantiles), drawn)}
         return rows
 
     @property
@@ -406,38 +417,42 @@ class _Training:
     def stages(self) -> tuple[Stage, ...]:
         """The work from start to end."""
         workload, schedule = self.workload, self.config.schedule
-        items = workload.items
+        learning = schedule.encoder_epochs if self.learns else 0
+        repeats = {
+            "hidden states": 1,
+            "head": schedule.head_epochs * math.ceil(workload.clicks / schedule.head_batch_size),
+            "encoder": learning * math.ceil(workload.clicks / schedule.encoder_batch_size),
+            # All items before the first epoch, and after each in which the encoder learnt.
+            "encoding": 1 + learning,
+            "validation": schedule.head_epochs + learning,
+        }
         found = [Stage("start", 1, 0.0, 0.0, self.calibration.start_seconds)]
-        if self.keeps_states:
-            below = self._encode(items, self.constant_layers, backward=False, padded=False)
-            found.append(self._stage("hidden states", 1, below))
-        above = self.learning_layers if self.keeps_states else self.shape.layers
-        renew = self._encode(items, above, backward=False)
-        head_steps = math.ceil(workload.clicks / schedule.head_batch_size)
-        scored = self._score(workload.validation_impressions * workload.slate)
-        found.append(
-            self._stage(
-                "head", schedule.head_epochs * head_steps, self._user_step(schedule.head_batch_size)
-            )
-        )
-        epochs = float(schedule.head_epochs)
-        encodings = 1.0
-        if self.learns:
-            steps = math.ceil(workload.clicks / schedule.encoder_batch_size)
-            found.append(
-                self._stage("encoder", schedule.encoder_epochs * steps, self._encoder_step())
-            )
-            epochs += schedule.encoder_epochs
-            encodings += schedule.encoder_epochs
-        found.append(self._stage("encoding", encodings, renew))
-        found.append(self._stage("validation", epochs, scored))
-        return tuple(stage for stage in found if stage.repeats)
+        for name, work in self.works().items():
+            if repeats[name]:
+                found.append(self._stage(name, repeats[name], work))
+        return tuple(found)
 
-    def _encode(self, texts: int, layers: int, *, backward: bool, padded: bool = True) -> _Work:
+    def works(self) -> dict[str, Work]:
+        """The work of one repeat of each stage."""
+        workload, schedule = self.workload, self.config.schedule
+        found: dict[str, Work] = {}
+        if self.keeps_states:
+            found["hidden states"] = self._encode(
+                workload.items, self.constant_layers, backward=False, padded=False
+            )
+        found["head"] = self._user_step(schedule.head_batch_size)
+        if self.learns:
+            found["encoder"] = self._encoder_step()
+        above = self.learning_layers if self.keeps_states else self.shape.layers
+        found["encoding"] = self._encode(workload.items, above, backward=False)
+        found["validation"] = self._score(workload.validation_impressions * workload.slate)
+        return found
+
+    def _encode(self, texts: int, layers: int, *, backward: bool, padded: bool = True) -> Work:
         """Work of running texts through some layers."""
         shape = self.shape
         buckets = self.buckets(texts) if padded else [(texts, round(self.lengths.mean))]
-        work = _Work()
+        work = Work()
         weights_learn = self.strategy in ("top_k_layers", "full")
         for count, length in buckets:
             tokens = count * length
@@ -454,8 +469,8 @@ class _Training:
             work.operators += layers * (120 if backward else 35)
         return work
 
-    def _encoder_step(self) -> _Work:
-        work = _Work()
+    def _encoder_step(self) -> Work:
+        work = Work()
         for _ in range(self.micro):
             work.add(self._encode(self.texts_per_part, self.learning_layers, backward=True))
             if not self.keeps_states and self.constant_layers:
@@ -465,35 +480,37 @@ class _Training:
         work.bytes += 10 * _FLOAT * self.learning_parameters
         return work
 
-    def _user_step(self, clicks: int) -> _Work:
+    def _user_step(self, clicks: int) -> Work:
         history, width = self.config.user_model.history_length, self.shape.width
         candidates = self.candidates_per_click
-        work = _Work()
+        work = Work()
         items = self.items_per_part * clicks / self.clicks_per_step
-        work.flops = 6.0 * items * width * (width + _HEAD_WIDTH)
-        work.flops += 6.0 * clicks * history * candidates * width
+        work.float_flops = 6.0 * items * width * (width + _HEAD_WIDTH)
+        work.float_flops += 6.0 * clicks * history * candidates * width
         gathered = clicks * (history + candidates) * width + clicks * history * candidates * 12
         work.bytes = 6.0 * _FLOAT * (gathered + items * width * 4 + self.head_parameters * 3)
         work.operators = 300
         return work
 
-    def _score(self, pairs: float) -> _Work:
+    def _score(self, pairs: float) -> Work:
         width, history = self.shape.width, self.config.user_model.history_length
-        work = _Work()
-        work.flops = 2.0 * pairs * history * width
+        work = Work()
+        work.float_flops = 2.0 * pairs * history * width
         work.bytes = _FLOAT * pairs * (history * 12 + width)
         work.operators = 100
         return work
 
-    def _stage(self, name: str, repeats: float, work: _Work) -> Stage:
+    def _stage(self, name: str, repeats: float, work: Work) -> Stage:
         device, factors = self.device, self.calibration
         rate = device.teraflops[self.precision] * 1e12
+        float_rate = device.teraflops["fp32"] * 1e12
         bandwidth = device.bandwidth_gb_s * 1e9
-        limit = max(work.flops / rate, work.bytes / bandwidth)
+        limit = max(work.flops / rate + work.float_flops / float_rate, work.bytes / bandwidth)
         seconds = work.flops / (rate * factors.share(self.precision))
+        seconds += work.float_flops / (float_rate * factors.share("fp32"))
         seconds += work.bytes / (bandwidth * factors.bandwidth_share)
         seconds += work.operators * factors.operator_seconds
-        return Stage(name, repeats, work.flops, limit, seconds)
+        return Stage(name, repeats, work.flops + work.float_flops, limit, seconds)
 
     def plan(self) -> TrainingPlan:
         """Put everything together."""
@@ -515,16 +532,35 @@ class _Training:
         )
 
 
+@lru_cache(maxsize=16)
+def _drawn(lengths: TextLengths, texts: int, steps: int) -> tuple[TextLengths, ...]:
+    """Lengths of the texts of some steps; the same for every device that is planned for."""
+    rng = random.Random(0)  # noqa: S311 - no secret; the same plan each time
+    return tuple(
+        TextLengths(tuple(sorted(rng.choices(lengths.quantiles, k=texts)))) for _ in range(steps)
+    )
+
+
 @dataclass(slots=True)
-class _Work:
-    """Operations, bytes moved, and operators started."""
+class Work:
+    """What a stretch of work asks of a device.
+
+    Attributes:
+        flops: Operations of matrix products in the precision of the training.
+        float_flops: Those of the user model, which stays in float32.
+        bytes: Bytes moved by element-wise work.
+        operators: Operators started.
+    """
 
     flops: float = 0.0
+    float_flops: float = 0.0
     bytes: float = 0.0
     operators: float = 0.0
 
-    def add(self, other: _Work) -> None:
+    def add(self, other: Work) -> None:
+        """Add the work of another stretch."""
         self.flops += other.flops
+        self.float_flops += other.float_flops
         self.bytes += other.bytes
         self.operators += other.operators
 

@@ -1,0 +1,402 @@
+"""Predicted beside measured: ``python -m recflow_tests.benchmarks.planner``.
+
+Trains real configurations – encoders of several families and sizes × strategies × batches – on a
+stored snapshot (``make demo DATA=simulated`` stores one), each in a process of its own, and prints
+peak memory and time a step beside what was planned before the process was started. Encoders other
+than all-MiniLM-L6-v2 get the sizes of well-known models and random weights: memory and time do not
+depend on what weights say.
+
+``--results FILE`` keeps what was measured; configurations found there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from recflow.adapters.planning import PEAK_MEMORY, PlannedTraining, measured_beside
+from recflow.core.artifacts import write_text_atomically
+from recflow.hardware.plan import Measured
+from recflow.modeling.config import TrainingConfig, with_values
+from recflow.modeling.reports import TrainingReport
+from recflow.modeling.texts import TOKENIZER_NAME
+from recflow_tests.benchmarks.estimators import Run, estimate_all
+
+if TYPE_CHECKING:
+    from recflow.settings import Settings
+
+_MEBIBYTE: Final = 1 << 20
+_BERT: Final[dict[str, object]] = {"model_type": "bert", "vocab_size": 30_522}
+
+# Sizes of models whose weights need not be at hand.
+ENCODERS: Final[dict[str, dict[str, object] | None]] = {
+    "all-MiniLM-L6-v2": None,  # the real one
+    "MiniLM-L12": _BERT
+    | {
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+    "ELECTRA-small": {
+        "model_type": "electra",
+        "vocab_size": 30_522,
+        "embedding_size": 128,
+        "hidden_size": 256,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "intermediate_size": 1024,
+    },
+    "DistilBERT": {"model_type": "distilbert", "vocab_size": 30_522},
+    "BERT-base": _BERT,
+    "MPNet-base": {"model_type": "mpnet", "vocab_size": 30_527},
+    "ModernBERT-base": {"model_type": "modernbert", "vocab_size": 30_592},
+    "Qwen3-like, 8 × 512": {
+        "model_type": "qwen3",
+        "vocab_size": 30_592,
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 512,
+    },
+}
+
+_COMMON: Final[dict[str, object]] = {
+    "schedule.head_epochs": 1,
+    "schedule.encoder_epochs": 1,
+    "schedule.head_batch_size": 128,
+    "schedule.max_impressions_per_epoch": 1_024,
+    "schedule.max_validation_impressions": 500,
+    "schedule.encoder_batch_size": 256,
+    "user_model.history_length": 20,
+}
+_FULL: Final = {"tuning.strategy": "full"}
+_LORA: Final = {"tuning.strategy": "lora"}
+
+
+def _few(impressions: int, batch: int) -> dict[str, object]:
+    """Shorter epochs for slow configurations, of at least six steps."""
+    return {
+        "schedule.max_impressions_per_epoch": impressions,
+        "schedule.encoder_batch_size": batch,
+    }
+
+
+GRID: Final[tuple[tuple[str, str, dict[str, object]], ...]] = (
+    ("all-MiniLM-L6-v2", "frozen", {"tuning.strategy": "frozen"}),
+    ("all-MiniLM-L6-v2", "2 layers, 256 texts", {}),
+    ("all-MiniLM-L6-v2", "2 layers, 64 texts", {"speed.max_texts_per_step": 64}),
+    ("all-MiniLM-L6-v2", "2 layers, all texts", {"speed.max_texts_per_step": 0}),
+    ("all-MiniLM-L6-v2", "2 layers, float32", {"speed.precision": "fp32"}),
+    ("all-MiniLM-L6-v2", "2 layers, no cache", {"speed.cache_hidden_states": False}),
+    ("all-MiniLM-L6-v2", "2 layers, padded", {"speed.dynamic_padding": False}),
+    (
+        "all-MiniLM-L6-v2",
+        "2 layers, all texts, 4 parts",
+        {"speed.max_texts_per_step": 0, "speed.micro_batches": 4},
+    ),
+    ("all-MiniLM-L6-v2", "4 layers, 256 texts", {"tuning.tuned_layers": 4}),
+    ("all-MiniLM-L6-v2", "LoRA", _LORA),
+    ("all-MiniLM-L6-v2", "AdaLoRA", {"tuning.strategy": "adalora"}),
+    ("all-MiniLM-L6-v2", "adapters", {"tuning.strategy": "adapters"}),
+    ("all-MiniLM-L6-v2", "full, 64 texts", _FULL | {"speed.max_texts_per_step": 64}),
+    ("all-MiniLM-L6-v2", "full, 256 texts", _FULL),
+    ("all-MiniLM-L6-v2", "full, 256 texts, float32", _FULL | {"speed.precision": "fp32"}),
+    (
+        "all-MiniLM-L6-v2",
+        "full, 256 texts, checkpointing",
+        _FULL | {"speed.gradient_checkpointing": True},
+    ),
+    ("MiniLM-L12", "2 layers, 256 texts", {}),
+    ("MiniLM-L12", "LoRA on 6 layers", _LORA | {"tuning.tuned_layers": 6}),
+    ("MiniLM-L12", "full, 128 texts", _FULL | {"speed.max_texts_per_step": 128}),
+    ("ELECTRA-small", "4 layers, 256 texts", {"tuning.tuned_layers": 4}),
+    ("ELECTRA-small", "full, 128 texts", _FULL | {"speed.max_texts_per_step": 128}),
+    ("DistilBERT", "2 layers, 256 texts", {}),
+    ("DistilBERT", "LoRA, 256 texts", _LORA),
+    (
+        "DistilBERT",
+        "full, 64 texts",
+        _FULL | {"speed.max_texts_per_step": 64} | _few(512, 64),
+    ),
+    ("BERT-base", "frozen", {"tuning.strategy": "frozen"}),
+    ("BERT-base", "2 layers, 256 texts", {}),
+    ("BERT-base", "LoRA on 4 layers, 128 texts",
+     _LORA | {"tuning.tuned_layers": 4, "speed.max_texts_per_step": 128}),
+    ("BERT-base", "full, 64 texts", _FULL | {"speed.max_texts_per_step": 64} | _few(384, 64)),
+    ("MPNet-base", "2 layers, 256 texts", {}),
+    ("ModernBERT-base", "2 layers, 256 texts", {}),
+    ("ModernBERT-base", "LoRA on 4 layers, 128 texts",
+     _LORA | {"tuning.tuned_layers": 4, "speed.max_texts_per_step": 128}),
+    ("Qwen3-like, 8 × 512", "2 layers, 256 texts", {}),
+    ("Qwen3-like, 8 × 512", "full, 64 texts", _FULL | {"speed.max_texts_per_step": 64}),
+)  # fmt: skip
+
+
+def write_encoder(directory: Path, config: Mapping[str, object], tokenizer: Path) -> None:
+    """Write an encoder of these sizes with random weights, and the tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id"), 0)
+    ends = dict.fromkeys(("eos_token_id", "sep_token_id"), 0)
+    made: Any = AutoConfig.for_model(str(config["model_type"]), **{**special, **ends, **values})
+    AutoModel.from_config(made).save_pretrained(directory)
+    shutil.copyfile(tokenizer, directory / tokenizer.name)
+
+
+def measure(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Train in this process and return the report."""
+    from recflow.adapters.artifact_store import ArtifactStore
+    from recflow.adapters.snapshots import load_snapshot
+    from recflow.modeling.tracking import NullTracker
+    from recflow.modeling.trainer import train_ranker
+
+    data = load_snapshot(ArtifactStore(Path(job["store"])), job["snapshot"])
+    with tempfile.TemporaryDirectory() as output, tempfile.TemporaryDirectory() as state:
+        report = train_ranker(
+            items=data.items,
+            train=data.splits.train,
+            validation=data.splits.validation,
+            base_model=Path(job["base_model"]),
+            output=Path(output),
+            config=with_values(TrainingConfig(threads=job["threads"]), job["values"]),
+            tracker=NullTracker(),
+            checkpoints=Path(state) / "training",
+        )
+    return asdict(report)
+
+
+def in_own_process(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure in a fresh process, so that its peak memory is its own."""
+    run = subprocess.run(
+        [sys.executable, "-m", __spec__.name, "--measure", json.dumps(job)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One configuration, as planned and as measured.
+
+    Attributes:
+        encoder: Name of the encoder.
+        name: The configuration in words.
+        memory: Peak memory in bytes.
+        steps: Seconds of a step, by phase.
+        context: Bytes that the process would hold without the training, as planned.
+        others: What other tools say of the memory, by tool and reading; ``None`` where they cannot.
+    """
+
+    encoder: str
+    name: str
+    memory: Measured
+    steps: dict[str, Measured]
+    context: int
+    others: dict[str, int | None]
+
+
+def compare(
+    settings: Settings, threads: int, calibration: Path | None, results: dict[str, Any]
+) -> Iterator[Compared]:
+    """Plan and measure every configuration of the grid.
+
+    Args:
+        settings: The deployment whose newest snapshot is trained on.
+        threads: Threads of the trainings.
+        calibration: What ``recflow probe`` found on this machine.
+        results: Reports by configuration; what is missing is measured and put there.
+    """
+    from recflow.adapters.artifact_store import ArtifactStore
+    from recflow.adapters.planning import PlanningConfig, plan_of_training
+    from recflow.adapters.snapshots import load_snapshot
+
+    planning = PlanningConfig("go_on", calibration)
+    snapshot = str(settings.last_day)
+    data = load_snapshot(ArtifactStore(settings.store_dir), snapshot)
+    real = Path(settings.base_model)
+    with tempfile.TemporaryDirectory(prefix="recflow-planner-") as folder:
+        for encoder, name, own in GRID:
+            sizes, base = ENCODERS[encoder], real
+            if sizes is not None:
+                base = Path(folder) / encoder.replace(" ", "_")
+                if not base.exists():
+                    write_encoder(base, sizes, real / TOKENIZER_NAME)
+            values = {**_COMMON, **own}
+            config = with_values(TrainingConfig(threads=threads), values)
+            planned = plan_of_training(
+                items=data.items,
+                train=data.splits.train,
+                validation=data.splits.validation,
+                base_model=base,
+                config=config,
+                planning=planning,
+                other_table_bytes=int(data.splits.test.estimated_size()),
+                in_new_process=True,
+            )
+            key = f"{encoder}, {name}"
+            if key not in results:
+                job = {"store": str(settings.store_dir), "snapshot": snapshot, "values": values}
+                results[key] = in_own_process({**job, "base_model": str(base), "threads": threads})
+            report = TrainingReport.from_dict(results[key])
+            rows = {row.name: row for row in measured_beside(planned.plan, report)}
+            yield Compared(
+                encoder,
+                name,
+                memory=rows[PEAK_MEMORY],
+                steps={
+                    phase: rows[f"{phase} step"]
+                    for phase in ("head", "encoder")
+                    if f"{phase} step" in rows
+                },
+                context=planned.plan.memory.parts["context"],
+                others=_others(base, config, planned),
+            )
+
+
+def _others(base: Path, config: TrainingConfig, planned: PlannedTraining) -> dict[str, int | None]:
+    """What other tools say of a configuration in which the encoder learns."""
+    if config.tuning.strategy == "frozen":
+        return {}
+    run = Run.planned(
+        json.loads((base / "config.json").read_text(encoding="utf-8")),
+        config,
+        planned.plan,
+        length=planned.workload.lengths.mean,
+        history=planned.workload.history,
+    )
+    return {f"{said.tool}, {said.reading}": said.bytes for said in estimate_all(run)}
+
+
+def table(rows: Iterable[Compared]) -> Iterator[str]:
+    """Predicted beside measured, row by row, as Markdown."""
+    yield (
+        "| encoder | training | peak MiB | predicted | error | head step ms | predicted | error "
+        "| encoder step ms | predicted | error |"
+    )
+    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    for row in rows:
+        cells = [
+            row.encoder,
+            row.name,
+            f"{row.memory.measured / _MEBIBYTE:,.0f}",
+            f"{row.memory.predicted / _MEBIBYTE:,.0f}",
+            f"{row.memory.error:+.0%}",
+        ]
+        for phase in ("head", "encoder"):
+            step = row.steps.get(phase)
+            cells += (
+                ["–"] * 3
+                if step is None
+                else [
+                    f"{step.measured * 1e3:,.0f}",
+                    f"{step.predicted * 1e3:,.0f}",
+                    f"{step.error:+.0%}",
+                ]
+            )
+        yield f"| {' | '.join(cells)} |"
+
+
+def summary(rows: Sequence[Compared]) -> Iterator[str]:
+    """Median and worst errors."""
+    series = {
+        "peak memory": [row.memory.error for row in rows],
+        "peak memory less what the process holds anyway": [
+            (row.memory.predicted - row.context) / (row.memory.measured - row.context) - 1
+            for row in rows
+        ],
+        "head step": [row.steps["head"].error for row in rows if "head" in row.steps],
+        "encoder step": [row.steps["encoder"].error for row in rows if "encoder" in row.steps],
+    }
+    yield "| | configurations | median error | worst |"
+    yield "|---|---:|---:|---:|"
+    for name, errors in series.items():
+        yield _summary_row(name, errors)
+
+
+def others_table(rows: Sequence[Compared]) -> Iterator[str]:
+    """Errors of other estimators on the same trainings, beside the planner's."""
+    trained = [row for row in rows if row.others]
+    yield "| estimator, asked for | says | median error | worst | less context: median | worst |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    tools = dict.fromkeys(name for row in trained for name in row.others)
+    for name in ("recflow", *tools):
+        whole: list[float] = []
+        model: list[float] = []
+        for row in trained:
+            said = row.memory.predicted if name == "recflow" else row.others[name]
+            if said is None:
+                continue
+            own = said - row.context if name == "recflow" else said
+            whole.append(said / row.memory.measured - 1)
+            model.append(own / (row.memory.measured - row.context) - 1)
+        if not whole:
+            yield f"| {name} | 0 of {len(trained)} | – | – | – | – |"
+            continue
+        cells = [f"{_middle(errors):.0%} | {_worst(errors):+.0%}" for errors in (whole, model)]
+        yield f"| {name} | {len(whole)} of {len(trained)} | {' | '.join(cells)} |"
+
+
+def _summary_row(name: str, errors: Sequence[float]) -> str:
+    return f"| {name} | {len(errors)} | {_middle(errors):.1%} | {_worst(errors):+.0%} |"
+
+
+def _middle(errors: Sequence[float]) -> float:
+    return statistics.median(abs(error) for error in errors)
+
+
+def _worst(errors: Sequence[float]) -> float:
+    return max(errors, key=abs)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the comparison as Markdown tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="simulated", help="whose snapshot: see make demo")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--calibration", type=Path, help="file of recflow probe")
+    parser.add_argument("--results", type=Path, help="where measurements are kept")
+    parser.add_argument("--measure", metavar="JOB", help=argparse.SUPPRESS)
+    options: Any = parser.parse_args(arguments)
+    if options.measure:
+        print(json.dumps(measure(json.loads(options.measure))))
+        return
+    from recflow.demo import find_deployment
+
+    settings = find_deployment(options.data).settings
+    file: Path | None = options.results
+    results = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
+    rows: list[Compared] = []
+    heading, rule, *_ = table([])
+    print(heading, rule, sep="\n", flush=True)
+    for row in compare(settings, options.threads, options.calibration, results):
+        rows.append(row)
+        print(*list(table([row]))[2:], sep="\n", flush=True)
+        if file:
+            write_text_atomically(file, json.dumps(results))
+    for lines in (summary(rows), others_table(rows)):
+        print("", *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,9 @@ class Saved:
         return tokens * (self.per_token + self.per_pair * length)
 
 
-def layer_saves(shape: EncoderShape, half: bool, *, weights_learn: bool = True) -> Saved:
+def layer_saves(
+    shape: EncoderShape, half: bool, *, weights_learn: bool = True, scales_learn: bool = True
+) -> Saved:
     """What one layer keeps, where its input wants a gradient.
 
     Args:
@@ -44,11 +46,12 @@ def layer_saves(shape: EncoderShape, half: bool, *, weights_learn: bool = True) 
         half: Whether matrices are multiplied in bfloat16 under autocast.
         weights_learn: Whether the matrices' inputs are needed, for the gradient of their weights or
             of the low-rank matrices beside them; else gradients only pass through.
+        scales_learn: Whether the scales of norms learn, which with low-rank matrices they do not.
     """
     if shape.model_type == "modernbert":
         return _modernbert(shape, half, weights_learn)
     if shape.model_type in _DECODERS:
-        return _decoder(shape, half, weights_learn)
+        return _decoder(shape, half, weights_learn, weights_learn and scales_learn)
     return _bert(shape, half, weights_learn)
 
 
@@ -89,17 +92,19 @@ def _modernbert(shape: EncoderShape, half: bool, learn: bool) -> Saved:
     return Saved(kept)
 
 
-def _decoder(shape: EncoderShape, half: bool, learn: bool) -> Saved:
+def _decoder(shape: EncoderShape, half: bool, learn: bool, scales: bool) -> Saved:
     """Pre-norm with RMS norms, grouped queries, rotated queries and keys, a gated part."""
     w, a, k, c = shape.width, shape.attention_width, shape.key_value_width, shape.channels
     size = 2 if half else _FLOAT
-    kept = size * 4 * a  # queries, keys and values repeated for all heads, what attention makes
+    kept = size * 2 * (a + k)  # queries, keys, values, and what attention makes of them
     kept += _FLOAT * 2 * w  # inputs of the two norms
     kept += size * 3 * c  # both factors of the product, and the gate before its activation
     if shape.model_type == "qwen3":
-        kept += (_FLOAT + size) * (a + k)  # norms of queries and keys
+        kept += _FLOAT * (a + k)  # inputs of the norms of queries and keys
+        kept += size * (a + k) if scales else 0  # what their scales multiply
+    if scales:
+        kept += _FLOAT * 2 * w  # what the scales of the layer's norms multiply
     if learn:
-        kept += _FLOAT * 2 * w  # what the norms' scales multiply
         kept += size * 5 * w if half else _FLOAT * 2 * w  # inputs of q, k, v, gate, up
         kept += size * c  # input of down
     return Saved(kept)

@@ -354,7 +354,7 @@ class PlanTable:
             for each in self.advice:
                 if each.device == name:
                     yield Text(f"  {each.change}  ({gib(each.memory)})")
-        for measured, said in ((True, "measured on such devices"), (False, "from publications")):
+        for measured, said in ((True, "measured on such devices"), (False, "assumed")):
             names = [r.device.name for r in self.rows if r.calibration.is_measured == measured]
             if names:
                 yield Text(f"Training factors {said}: {', '.join(names)}.")

@@ -221,8 +221,12 @@ class _Training:
         buckets = self.buckets(self.texts_per_part)
         tokens = sum(texts * length for texts, length in buckets)
         largest = max(texts * length for texts, length in buckets)
-        weights_learn = self.strategy != "adapters"
-        saved = layer_saves(shape, self.half, weights_learn=weights_learn)
+        saved = layer_saves(
+            shape,
+            self.half,
+            weights_learn=self.strategy != "adapters",
+            scales_learn=self.strategy in ("top_k_layers", "full"),
+        )
         one_layer = sum(saved.bytes(texts * length, length) for texts, length in buckets)
         layers = self.learning_layers
         added = 0.0

@@ -207,7 +207,9 @@ def test_jobs_and_the_schedule_tag_their_runs_with_what_their_steps_need() -> No
 
 
 def test_another_base_model_needs_other_hardware() -> None:
-    small, large = needs_of("all-MiniLM-L6-v2"), needs_of("Qwen3-8B")
+    devices = ["cpu-2", "cpu-16", "l4", "h100"]
+    small = needs_of("all-MiniLM-L6-v2", devices=devices)
+    large = needs_of("Qwen3-8B", devices=devices)
     assert small[FINE_TUNED].tags["recflow/gpu_type"] == "none"
     assert small[FINE_TUNED].pool == "compute"
     # 8 billion weights of 4 bytes alone are 30 GiB.
@@ -217,7 +219,7 @@ def test_another_base_model_needs_other_hardware() -> None:
     limits = large[FINE_TUNED].op_tags[KUBERNETES]["container_config"]["resources"]["limits"]
     assert limits[GPU] == "1"
     # Half a billion weights more, read beside those that a module is built with: 4.5 GiB.
-    middle = needs_of("Qwen3-0.6B")
+    middle = needs_of("Qwen3-0.6B", devices=devices)
     for key in ON_PROCESSORS:
         assert host_gib(middle[key]) > host_gib(small[key])
     assert host_gib(middle[ITEM_VECTORS]) >= host_gib(small[ITEM_VECTORS]) + 4
@@ -253,7 +255,9 @@ def test_what_knows_no_gpu_never_asks_for_one(base_model: str) -> None:
 def test_a_demo_on_a_laptop_needs_no_gpu() -> None:
     bundled = str(PROJECT_ROOT / "data" / "base_models" / "all-MiniLM-L6-v2")
     config = replace(DEFAULTS, seed=1)
-    needs = requirements_of(bundled, config, FAMILY, CATALOGUE.values(), max_hours=8.0)
+    # What a demo allows where there is no GPU.
+    processors = [device for device in CATALOGUE.values() if not device.is_gpu]
+    needs = requirements_of(bundled, config, FAMILY, processors, max_hours=8.0)
     assert run_tags_of_models(needs)["recflow/gpu_type"] == "none"
     assert int(run_tags_of_models(needs)["recflow/host_memory_gib"]) <= 8
 

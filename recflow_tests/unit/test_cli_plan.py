@@ -64,7 +64,7 @@ def test_the_table_is_readable_in_a_pipe(
         assert re.search(rf"^ {part} .*\d\.\d\d", out, re.MULTILINE)
     assert "Choice: " in out
     assert "Training factors measured on such devices: cpu-2" in out
-    assert "Training factors from publications: t4" in out
+    assert "Training factors assumed: t4" in out
 
 
 def test_what_does_not_fit_says_why_and_what_would_help(

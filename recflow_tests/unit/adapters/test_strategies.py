@@ -64,7 +64,7 @@ def test_a_strategy_that_cannot_be_trained_is_named_with_the_reason(tmp_path: Pa
     base_model = write_base_model(tmp_path / "base")
     (base_model / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(
-        PermanentError, match="the strategy frozen cannot be trained: .*cannot be loaded"
+        PermanentError, match=r"the strategy frozen cannot be trained: .*cannot be loaded"
     ):
         build(store, base_model, StrategiesConfig(strategies=("frozen",)))
     assert not store.partitions(STRATEGIES_STUDY)

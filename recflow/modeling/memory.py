@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import re
 import resource
 import sys
@@ -20,7 +19,6 @@ def release_memory() -> None:
     the next phase of a training would find in its way. Takes milliseconds; to be called between
     phases, not in every step, whose buffers would have to be fetched from the system again.
     """
-    gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

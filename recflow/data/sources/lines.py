@@ -89,7 +89,8 @@ def check_text_file(file: Path, columns: int, remedy: str) -> None:
         head = _read(stream, file, _HEAD_BYTES)
     if head.startswith(_UTF16_MARKS):
         raise SourceError(f"{file} is UTF-16 text; save it as UTF-8. {remedy}")
-    lines = head.removeprefix(_BYTE_ORDER_MARK).splitlines()
+    # As the readers split: a carriage return inside a line does not end it.
+    lines = head.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
     filled = [line for line in lines if line.strip()]
     if not filled:
         raise SourceError(f"{file} is empty. {remedy}")
@@ -109,7 +110,8 @@ def first_line(file: Path) -> str:
     """
     with _readable(file) as stream:
         head = _read(stream, file, _HEAD_BYTES)
-    lines = head.removeprefix(_BYTE_ORDER_MARK).splitlines()
+    # As the readers split: a carriage return inside a line does not end it.
+    lines = head.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
     return lines[0].decode(errors="replace") if lines else ""
 
 

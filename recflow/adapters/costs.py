@@ -102,16 +102,11 @@ class PriceList:
         return found
 
     def calibration_of(self, device: Device) -> Calibration | None:
-        """What was measured, where that speaks of such a device.
-
-        A machine that is no device of the catalogue speaks for all of its kind, as it does in
-        ``recflow plan``.
-        """
+        """What was measured, where that speaks for such a device."""
         measured = self.calibration
-        if measured is None or measured.device == device.name:
+        if measured is None or measured.speaks_for(device, self.devices):
             return measured
-        same_kind = (measured.device_context_bytes > 0) == device.is_gpu
-        return measured if measured.device not in self.devices and same_kind else None
+        return None
 
 
 @dataclass(frozen=True, slots=True)

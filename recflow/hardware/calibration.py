@@ -8,7 +8,7 @@ measured are assumptions, and every plan that rests on them says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -65,6 +65,19 @@ class Calibration:
     def share(self, precision: str) -> float:
         """Share of the matrix rate that is reached in a precision."""
         return self.matrix_share.get(precision, min(self.matrix_share.values()))
+
+    def speaks_for(self, device: Device, known: Collection[str]) -> bool:
+        """Whether the factors count for a device.
+
+        Those of a device of the catalogue count for it alone; those of a machine that is not in it
+        count for all devices of its kind, of whose rates they are shares.
+
+        Args:
+            device: The device.
+            known: Names of the catalogue's devices.
+        """
+        same_kind = (self.device_context_bytes > 0) == device.is_gpu
+        return self.device == device.name or (self.device not in known and same_kind)
 
     def heap_share(self, family: str, precision: str, strategy: str) -> float:
         """What the allocator holds for a byte that is needed.

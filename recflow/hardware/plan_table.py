@@ -148,17 +148,10 @@ class PlanRequest:
         )
 
     def calibration_of(self, device: Device) -> Calibration:
-        """The factors that count for a device.
-
-        A measured file counts for the device that it names; one of a machine that is not in the
-        catalogue counts for all devices of its kind, whose rates it gives shares of.
-        """
+        """The factors that count for a device: what was measured, where that speaks for it."""
         measured = self.calibration
-        if measured is not None:
-            same_kind = (measured.device_context_bytes > 0) == device.is_gpu
-            foreign = measured.device not in self.known
-            if measured.device == device.name or (foreign and same_kind):
-                return measured
+        if measured is not None and measured.speaks_for(device, self.known):
+            return measured
         return default_calibration(device)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import logging
 import math
 import subprocess
 import sys
@@ -34,8 +33,6 @@ from recflow.hardware.planner import Work, plan_training, training_work
 from recflow.hardware.shape import EncoderShape
 from recflow.hardware.workload import Popularity, TextLengths, TrainingWorkload
 from recflow.modeling.config import TrainingConfig, with_values
-
-logger = logging.getLogger("recflow.probe")
 
 _WORDS: Final = 2_000
 _ITEMS: Final = 640

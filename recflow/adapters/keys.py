@@ -24,6 +24,10 @@ PREDICTIONS = "evaluation/predictions"
 MEASUREMENTS = "evaluation/measurements"
 REPORT = "evaluation/report"
 
+DRIFT = "monitoring/drift"
+GATE = "promotion/gate"
+CHAMPION = "promotion/champion"
+
 STRATEGIES_STUDY = "studies/strategies"
 LABEL_EFFICIENCY_STUDY = "studies/label_efficiency"
 

@@ -1,0 +1,119 @@
+"""When drift is reason enough to retrain: a decision on evidence, without clock or scheduler.
+
+The sensor of the deployment and the backtest ask the same function, so that what was measured in
+the backtest is what runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date, timedelta
+
+from recflow.core.errors import ConfigError
+from recflow.quality.evidence import DriftEvidence
+
+
+@dataclass(frozen=True, slots=True)
+class TriggerPolicy:
+    """When to retrain.
+
+    Attributes:
+        days_needed: So many of the days looked at must be alarming: one bad day is no trend.
+        days_looked_at: The newest so many days with a report of the present champion.
+        cooldown_days: Days of the log that must lie between the snapshots of two retrainings.
+        decay_at_once: Retrain on the first day that the champion ranks significantly worse.
+
+    Raises:
+        ConfigError: A value is impossible.
+    """
+
+    days_needed: int = 2
+    days_looked_at: int = 3
+    cooldown_days: int = 2
+    decay_at_once: bool = True
+
+    def __post_init__(self) -> None:
+        if self.days_needed < 1:
+            raise ConfigError.of("days_needed", self.days_needed, "1 or more")
+        if self.days_looked_at < self.days_needed:
+            raise ConfigError.of(
+                "days_looked_at", self.days_looked_at, f"days_needed ({self.days_needed}) or more"
+            )
+        if self.cooldown_days < 0:
+            raise ConfigError.of("cooldown_days", self.cooldown_days, "0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do, and why.
+
+    Attributes:
+        reason: Why, in words for the person who looks at the sensor.
+        snapshot: The snapshot to train; ``None`` where nothing is to be done.
+        run_key: Identity of the evidence: the same evidence gives the same key.
+    """
+
+    reason: str
+    snapshot: date | None = None
+    run_key: str | None = None
+
+    @property
+    def retrain(self) -> bool:
+        """Whether to retrain."""
+        return self.snapshot is not None
+
+
+def decide(
+    evidence: Sequence[DriftEvidence], policy: TriggerPolicy, *, last_retrained: date | None
+) -> Decision:
+    """Decide on what is known so far.
+
+    Args:
+        evidence: The newest report of each day, in any order. Days compared with another champion
+            than the newest day was are left out: they say nothing of the present one.
+        policy: When to retrain.
+        last_retrained: Last day of the snapshot that was trained most recently, whether or not it
+            became champion.
+    """
+    if not evidence:
+        return Decision("no day has a drift report yet")
+    ordered = sorted(evidence, key=lambda e: e.day)
+    newest = ordered[-1]
+    recent = [e for e in ordered if e.champion == newest.champion][-policy.days_looked_at :]
+    if last_retrained is not None:
+        if newest.day <= last_retrained:
+            return Decision(f"snapshot {last_retrained} covers the newest day, {newest.day}")
+        recent = [e for e in recent if e.day > last_retrained]
+    alarming = [e for e in recent if e.alarming]
+    decayed = newest.decayed and policy.decay_at_once
+    seen = f"{len(alarming)} of the last {len(recent)} days are beyond a limit"
+    if not decayed and len(alarming) < policy.days_needed:
+        return Decision(f"{seen}; {policy.days_needed} of {policy.days_looked_at} are needed")
+    if not newest.alarming:
+        return Decision(f"{seen}, but the newest, {newest.day}, is not: it has passed")
+    if last_retrained is not None:
+        ready = last_retrained + timedelta(days=policy.cooldown_days + 1)
+        if newest.day < ready:
+            return Decision(
+                f"{seen}, but snapshot {last_retrained} was trained less than "
+                f"{policy.cooldown_days + 1} days before {newest.day}; next on {ready}"
+            )
+    return Decision(_reason(newest, alarming, seen), newest.day, run_key(alarming, policy))
+
+
+def run_key(evidence: Sequence[DriftEvidence], policy: TriggerPolicy) -> str:
+    """Identity of the evidence that a retraining is requested for."""
+    lines = [f"{e.day} {e.digest} {e.champion}" for e in evidence]
+    text = "\n".join([*lines, str(sorted(asdict(policy).items()))])
+    return f"drift-{evidence[-1].day}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _reason(newest: DriftEvidence, alarming: Sequence[DriftEvidence], seen: str) -> str:
+    counts = Counter(name for e in alarming for name in e.drifted)
+    parts = [f"{name} on {days} days" for name, days in counts.most_common()]
+    if newest.decayed:
+        parts.insert(0, f"the champion ranks worse on {newest.day} than on its test days")
+    return f"{seen}: {'; '.join(parts)}"

@@ -1,0 +1,1 @@
+"""Stage: how the days drift, and what follows from it."""

@@ -111,6 +111,9 @@ def test_jobs_cover_the_lineage() -> None:
 
     assert assets_of("ingest") | assets_of("train") == assets_of("full")
     assert assets_of("ingest") & assets_of("train") == set()
+    assert assets_of("retrain") == assets_of("train")
+    assert assets_of("ingest") <= assets_of("monitor")
+    assert assets_of("monitor") & assets_of("train") == set()
     beside = assets_of("search") | assets_of("studies") | assets_of("compress")
     assert assets_of("full") & beside == set()
     assert assets_of("full") | beside == {node.key for node in MADE}
@@ -156,11 +159,11 @@ def test_newest_complete_day_is_a_day_that_ended(now: datetime, day: str | None)
 
 
 @pytest.mark.filterwarnings("ignore:Asset job full materializes assets with varying")
-def test_nightly_schedule_requests_one_run_for_the_newest_complete_day() -> None:
+def test_nightly_schedule_requests_one_run_for_the_newest_complete_day(tmp_path: Path) -> None:
     repository = defs.get_repository_def()
     schedule = repository.get_schedule_def("nightly")
     assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
-    with dg.DagsterInstance.ephemeral() as instance:
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         context = dg.build_schedule_context(
             instance=instance,
             repository_def=repository,

@@ -184,18 +184,18 @@ def test_they_agree_where_gpus_are_chosen_too(base_model: str) -> None:
     assert_all_forms_agree(definitions_of(needs), needs)
 
 
-def test_jobs_and_the_schedule_tag_their_runs_with_what_their_steps_need() -> None:
+def test_jobs_and_the_schedule_tag_their_runs_with_what_their_steps_need(tmp_path: Path) -> None:
     repository = defs.get_repository_def()
-    for job in ("ingest", "train", "full", "search", "compress", "studies"):
+    for job in ("ingest", "monitor", "train", "full", "retrain", "search", "compress", "studies"):
         definition = defs.resolve_job_def(job)
         made = [key.to_user_string() for key in definition.asset_layer.executable_asset_keys]
         needed = [NEEDS[key].requirement for key in made if key in NEEDS]
         expected = run_tags_of(need for need in needed if need is not None)
         tags = {key: value for key, value in definition.tags.items() if key in TAGS}
         assert tags == expected, job
-        assert bool(expected) == (job != "ingest")
+        assert bool(expected) == (job not in ("ingest", "monitor"))
     schedule = repository.get_schedule_def("nightly")
-    with dg.DagsterInstance.ephemeral() as instance:
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         context = dg.build_schedule_context(
             instance=instance,
             repository_def=repository,

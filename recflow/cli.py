@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from recflow.core.errors import RecflowError
+from recflow.loop_cli import app as loop_app
 
 app = typer.Typer(
     help="A text-based recommender from raw click logs to an evaluated, affordable model.",
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Raw logs and pretrained weights.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(loop_app, name="loop")
 
 
 class Carried(StrEnum):

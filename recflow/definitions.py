@@ -12,8 +12,8 @@ from recflow.defs.features import assets as features
 from recflow.defs.ingest import assets as ingest
 from recflow.defs.jobs import JOBS
 from recflow.defs.models import assets as models
-from recflow.defs.monitoring.alerts import ALERT_SENSORS
-from recflow.defs.monitoring.sensors import retrain_on_drift
+from recflow.defs.monitoring.alerts import alert_sensors, configured_webhook
+from recflow.defs.monitoring.sensors import drift_sensor
 from recflow.defs.prepare import assets as prepare
 from recflow.defs.resources import make_resources, settings
 from recflow.defs.schedules import SCHEDULES
@@ -50,7 +50,11 @@ defs = dg.Definitions(
     asset_checks=dg.load_asset_checks_from_modules(STAGES),
     jobs=JOBS,
     schedules=SCHEDULES,
-    sensors=[*tracking_sensors, retrain_on_drift, *ALERT_SENSORS],
+    sensors=[
+        *tracking_sensors,
+        drift_sensor(),
+        *alert_sensors(configured_webhook(), settings.web_url),
+    ],
     resources=make_resources(),
     loggers={"console": console_logger},
     executor=tracked_executor,

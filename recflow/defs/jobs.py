@@ -42,6 +42,12 @@ ingest_job = dg.define_asset_job(
     config=_CONSOLE,
     description="Raw logs to validated features, for one day or a range of days in one run.",
 )
+monitor_job = dg.define_asset_job(
+    "monitor",
+    selection=dg.AssetSelection.groups(*INGEST_GROUPS, "monitoring"),
+    config=_CONSOLE,
+    description="Ingest one day and measure how far it is from the days of the champion.",
+)
 train_job = dg.define_asset_job(
     "train",
     selection=dg.AssetSelection.groups(*TRAIN_GROUPS),
@@ -62,12 +68,6 @@ retrain_job = dg.define_asset_job(
     config=_TRAINING,
     tags=TRAIN_TAGS,
     description="What the sensor retrain_on_drift launches: as train, for days that are ingested.",
-)
-monitor_job = dg.define_asset_job(
-    "monitor",
-    selection=dg.AssetSelection.groups(*INGEST_GROUPS, "monitoring"),
-    config=_CONSOLE,
-    description="Ingest one day, and say how far it drifted from what the champion knows.",
 )
 search_job = dg.define_asset_job(
     "search",
@@ -91,6 +91,6 @@ studies_job = dg.define_asset_job(
     description="Compare what the training engine can do on a snapshot; takes hours.",
 )
 JOBS = [
-    *(ingest_job, train_job, full_job, retrain_job, monitor_job),
+    *(ingest_job, monitor_job, train_job, full_job, retrain_job),
     *(search_job, compress_job, studies_job),
 ]

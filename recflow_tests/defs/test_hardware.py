@@ -54,7 +54,7 @@ from recflow.modeling.config import TrainingConfig, with_values
 from recflow.modeling.search_space import Choices, Range
 from recflow.settings import PROJECT_ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore:Asset job full materializes assets with varying")
+pytestmark = pytest.mark.filterwarnings("ignore:Asset job .* materializes assets with varying")
 
 CATALOGUE = load_catalogue()
 FAMILY = load_family()

@@ -16,12 +16,15 @@ from recflow.defs.resources import settings
 _ALERTED_STEPS = 3
 
 
-def alert_sensors(webhook: Webhook | None, web_url: str) -> list[dg.SensorDefinition]:
+def alert_sensors(
+    webhook: Webhook | None, web_url: str, every: int = 30
+) -> list[dg.SensorDefinition]:
     """Make the sensors that tell of failures.
 
     Args:
         webhook: Where failures are posted; ``None`` where they are only logged.
         web_url: Address of the web UI, for links to runs; empty where it is not known.
+        every: Seconds between two looks, at least.
     """
 
     def tell(context: dg.RunStatusSensorContext, kind: str, what: str, reason: str) -> None:
@@ -33,6 +36,7 @@ def alert_sensors(webhook: Webhook | None, web_url: str) -> list[dg.SensorDefini
 
     @dg.run_failure_sensor(
         name="tell_of_failed_runs",
+        minimum_interval_seconds=every,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Logs why a run failed, and posts it to RECFLOW_ALERT_WEBHOOK if there is one.",
     )
@@ -43,6 +47,7 @@ def alert_sensors(webhook: Webhook | None, web_url: str) -> list[dg.SensorDefini
         @dg.run_status_sensor(
             name=name,
             run_status=status,
+            minimum_interval_seconds=every,
             default_status=dg.DefaultSensorStatus.RUNNING,
             description="Logs the checks that did not hold, errors and warnings, of runs that "
             f"ended as {status.value}, and posts them to RECFLOW_ALERT_WEBHOOK if there is one.",
@@ -111,6 +116,6 @@ def _failed_checks(instance: dg.DagsterInstance, run_id: str) -> Sequence[str]:
     return lines
 
 
-ALERT_SENSORS = alert_sensors(
-    Webhook(settings.alert_webhook) if settings.alert_webhook else None, settings.web_url
-)
+def configured_webhook() -> Webhook | None:
+    """The webhook of the settings, if there is one."""
+    return Webhook(settings.alert_webhook) if settings.alert_webhook else None

@@ -23,18 +23,26 @@ _DAYS_READ = 30
 _LONGEST_TAG = 500
 
 
-@dg.sensor(
-    name="retrain_on_drift",
-    job=retrain_job,
-    minimum_interval_seconds=60,
-    default_status=dg.DefaultSensorStatus.STOPPED,
-    description="Retrains when enough of the newest days drifted, or the champion ranks worse than "
-    "it did. Off until switched on: here, or by `recflow loop on`, together with the schedule "
-    "monitor_daily that looks at each day. The reason of each tick says what it waits for.",
-)
-def retrain_on_drift(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """Request a retraining of the newest day's snapshot, or say why not."""
-    return retraining(context.instance, settings.trigger_policy)
+def drift_sensor(every: int = 60) -> dg.SensorDefinition:
+    """Make the sensor that retrains on drift.
+
+    Args:
+        every: Seconds between two looks, at least.
+    """
+
+    @dg.sensor(
+        name="retrain_on_drift",
+        job=retrain_job,
+        minimum_interval_seconds=every,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description="Retrains when enough of the newest days drifted, or the champion ranks worse "
+        "than it did. Off until switched on: here, or by `recflow loop on`, together with the "
+        "schedule monitor_daily that looks at each day. Each tick says what it waits for.",
+    )
+    def retrain_on_drift(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        return retraining(context.instance, settings.trigger_policy)
+
+    return retrain_on_drift
 
 
 def retraining(

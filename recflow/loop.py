@@ -28,6 +28,7 @@ from dagster._core.workspace.load_target import (
 )
 
 from recflow.core.errors import ConfigError
+from recflow.defs.console import sentence_of
 from recflow.demo import find_deployment
 
 DRIFT_LOOP = ("monitor_daily", "retrain_on_drift")
@@ -119,7 +120,7 @@ class Loop:
         tick = ticks[0]
         time = datetime.fromtimestamp(tick.timestamp, tz=UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         if tick.error is not None:
-            said = f"failed: {_root_of(tick.error)}"
+            said = f"failed: {sentence_of(tick.error)}"
         elif tick.run_ids:
             said = f"launched {', '.join(run_id[:8] for run_id in tick.run_ids)}"
         else:
@@ -178,7 +179,7 @@ def _repository(context: Any) -> RemoteRepository:
     """
     for name in context.code_location_names:
         if context.has_code_location_error(name):
-            problem = _root_of(context.get_code_location_error(name))
+            problem = sentence_of(context.get_code_location_error(name))
             raise ConfigError(f"{name} cannot be loaded: {problem}")
         for repository in context.get_code_location(name).get_repositories().values():
             if repository.has_sensor(DRIFT_LOOP[1]):
@@ -187,9 +188,3 @@ def _repository(context: Any) -> RemoteRepository:
         f"none of the locations {', '.join(context.code_location_names)} has the sensor "
         f"{DRIFT_LOOP[1]}"
     )
-
-
-def _root_of(error: Any) -> str:
-    while error.cause is not None:
-        error = error.cause
-    return str(error.message).strip().removeprefix("recflow.core.errors.")

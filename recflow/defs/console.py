@@ -106,6 +106,15 @@ def cause_of(error: Any) -> str:
     return str(error.to_string())
 
 
+def sentence_of(error: Any) -> str:
+    """Kind and message of what was raised, without what Dagster wraps it in, and without stack."""
+    if error is None:
+        return "no error was recorded"
+    while error.cause is not None and str(error.cls_name).startswith("Dagster"):
+        error = error.cause
+    return str(error.message).strip().removeprefix(f"{errors.__name__}.")
+
+
 def _subject(step_key: str) -> str:
     return step_key.replace("__", "/") + " " if step_key else ""
 

@@ -278,3 +278,38 @@ def test_drift_launches_one_training_whatever_is_killed(site: Site) -> None:
     assert "retrain_on_drift is off" in site.loop("off")
     assert len(site.runs()) == 2
     assert len(site.webhook.messages) == 2
+
+
+def test_the_command_turns_the_switches_of_the_web_ui(tmp_path: Path) -> None:
+    place = Deployment(tmp_path, Path(BASE_MODEL), settings={"DEVICES": ",".join(DEVICES)})
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            env=place.environment(),
+            cwd=PROJECT_ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # As the web UI that `recflow dev` starts has them.
+    module = ("-m", "recflow.definitions")
+    said = run("recflow.cli", "loop", "on", "--nightly").splitlines()
+    assert said == [
+        "nightly is on",
+        "no daemon runs here, so nothing happens yet; start it with: dagster dev "
+        "-m recflow.definitions",
+    ]
+    running = run("dagster", "schedule", "list", "--running", *module)
+    assert "Schedule: nightly [RUNNING]" in running
+    assert "monitor_daily" not in running
+    run("dagster", "sensor", "start", SENSOR, *module)
+    status = run("recflow.cli", "loop", "status")
+    states = {line.split()[0]: line.split()[1] for line in status.splitlines()[:3]}
+    assert states == {"monitor_daily": "off", "nightly": "on", SENSOR: "on"}
+    run("recflow.cli", "loop", "off")
+    assert "nightly" not in run("dagster", "schedule", "list", "--running", *module)
+    assert SENSOR not in run("dagster", "sensor", "list", "--running", *module)

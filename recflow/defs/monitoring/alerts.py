@@ -5,11 +5,11 @@ when their run has ended, all of a run in one message.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import dagster as dg
 
 from recflow.adapters.webhook import Alert, Webhook
+from recflow.defs.console import sentence_of
 from recflow.defs.monitoring.training_runs import partition_of
 from recflow.defs.resources import settings
 
@@ -68,7 +68,8 @@ def alert_sensors(
 
 
 def _alert(run: dg.DagsterRun, kind: str, what: str, reason: str, web_url: str) -> Alert:
-    job = "assets" if run.job_name.startswith("__ASSET_JOB") else run.job_name
+    # Runs of chosen assets have a job that Dagster names.
+    job = "assets" if run.job_name.startswith("__") else run.job_name
     partition = partition_of(run)
     day = f" of {partition}" if partition else ""
     return Alert(
@@ -85,19 +86,10 @@ def _alert(run: dg.DagsterRun, kind: str, what: str, reason: str, web_url: str) 
 def _cause(context: dg.RunFailureSensorContext) -> str:
     """What the steps failed of; where none did, what Dagster says of the run."""
     steps = [
-        f"{(event.step_key or '').replace('__', '/')}: {_root_of(event.step_failure_data.error)}"
+        f"{(event.step_key or '').replace('__', '/')}: {sentence_of(event.step_failure_data.error)}"
         for event in context.get_step_failure_events()
     ]
     return "\n".join(steps[:_ALERTED_STEPS]) or context.failure_event.message or "unknown"
-
-
-def _root_of(error: Any) -> str:
-    """Kind and sentence of the innermost error; the stack is in the run."""
-    if error is None:
-        return "no error was recorded"
-    while error.cause is not None:
-        error = error.cause
-    return str(error.message).strip().removeprefix("recflow.core.errors.")
 
 
 def _failed_checks(instance: dg.DagsterInstance, run_id: str) -> Sequence[str]:

@@ -178,6 +178,18 @@ def test_trainings_are_known_by_what_they_make(instance: dg.DagsterInstance) -> 
     assert newest_snapshot(instance) == date(2024, 1, 6)
 
 
+def test_runs_of_other_locations_are_passed_over(instance: dg.DagsterInstance) -> None:
+    run_of(instance, "train", 5, tags={"dagster/partition": "europe|2024-01-05"})
+    run_of(instance, "train", 4, tags={"dagster/partition": ""})
+    assert newest_snapshot(instance) is None
+
+
+def test_a_snapshot_stays_trained_when_its_run_is_forgotten(instance: dg.DagsterInstance) -> None:
+    instance.report_runless_asset_event(dg.AssetMaterialization(REPORT_KEY, partition="2024-01-05"))
+    assert str(find_training(instance, date(2024, 1, 5))) == "snapshot 2024-01-05 was trained"
+    assert newest_snapshot(instance) == date(2024, 1, 5)
+
+
 def test_a_run_that_failed_after_its_report_has_trained(instance: dg.DagsterInstance) -> None:
     # The gate refused what was trained: training it again tomorrow would end the same.
     report(instance, 5, run_of(instance, "retrain", 5, FAILED))

@@ -43,7 +43,7 @@ class Training:
     """A run that trains, or trained, a snapshot.
 
     Attributes:
-        run_id: Dagster's run.
+        run_id: Dagster's run; empty where it is not known any more.
         snapshot: Last day of the snapshot.
         trigger: Who started it, e.g. ``nightly``, ``drift`` or ``by hand``.
         done: Whether it has made the snapshot's report.
@@ -57,7 +57,8 @@ class Training:
     def __str__(self) -> str:
         """As the reason why nobody else has to train the snapshot."""
         state = "was" if self.done else "is being"
-        return f"snapshot {self.snapshot} {state} trained by run {self.run_id[:8]} ({self.trigger})"
+        who = f" by run {self.run_id[:8]} ({self.trigger})" if self.run_id else ""
+        return f"snapshot {self.snapshot} {state} trained{who}"
 
 
 def find_training(instance: dg.DagsterInstance, snapshot: date) -> Training | None:
@@ -89,7 +90,11 @@ def partition_of(run: dg.DagsterRun) -> str:
 def _running(instance: dg.DagsterInstance) -> Sequence[Training]:
     """Trainings that are queued or run, the newest first."""
     runs = instance.get_runs(dg.RunsFilter(statuses=_IN_PROGRESS))
-    return [_training(run, done=False) for run in runs if partition_of(run) and _trains(run)]
+    return [
+        _training(run, snapshot, done=False)
+        for run in runs
+        if _trains(run) and (snapshot := _snapshot_of(run))
+    ]
 
 
 def _trained(instance: dg.DagsterInstance, snapshot: date) -> Training | None:
@@ -99,14 +104,22 @@ def _trained(instance: dg.DagsterInstance, snapshot: date) -> Training | None:
     for record in found.records:
         run = instance.get_run_by_id(record.run_id)
         # Runs can be deleted, and events be reported without one.
-        return _training(run, done=True) if run else Training("", snapshot, "unknown", True)
+        return _training(run, snapshot, done=True) if run else Training("", snapshot, "", True)
     return None
 
 
-def _training(run: dg.DagsterRun, *, done: bool) -> Training:
+def _training(run: dg.DagsterRun, snapshot: date, *, done: bool) -> Training:
     origins = (run.tags.get(tag) for tag in (TRIGGER_TAG, *_ORIGIN_TAGS))
     trigger = next((origin for origin in origins if origin), "by hand")
-    return Training(run.run_id, date.fromisoformat(partition_of(run)), trigger, done)
+    return Training(run.run_id, snapshot, trigger, done)
+
+
+def _snapshot_of(run: dg.DagsterRun) -> date | None:
+    # Another location of the same instance may have a job of the same name, and other partitions.
+    try:
+        return date.fromisoformat(partition_of(run))
+    except ValueError:
+        return None
 
 
 def _trains(run: dg.DagsterRun) -> bool:

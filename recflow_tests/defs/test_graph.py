@@ -115,6 +115,9 @@ def test_jobs_cover_the_lineage() -> None:
     assert assets_of("ingest") <= assets_of("monitor")
     assert assets_of("monitor") & assets_of("train") == set()
     beside = assets_of("search") | assets_of("studies") | assets_of("compress")
+    watched = {dg.AssetKey(["monitoring", "drift"])}
+    assert assets_of("monitor") == assets_of("ingest") | watched
+    beside |= watched
     assert assets_of("full") & beside == set()
     assert assets_of("full") | beside == {node.key for node in MADE}
     assert assets_of("compress") == {dg.AssetKey(["models", "compressed"])}

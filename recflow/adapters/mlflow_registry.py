@@ -26,6 +26,7 @@ from recflow.adapters.champion import Champion
 from recflow.adapters.mlflow_tracking import MlflowStore
 from recflow.core.artifacts import Artifact, JsonValue, read_artifact
 from recflow.core.errors import ArtifactError, PromotionError
+from recflow.serving.layout import RANKER_FOLDER
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,7 +37,6 @@ CHAMPION: Final = "champion"
 PREVIOUS: Final = "previous_champion"
 # Where the served model keeps the ranker and what belongs to it, inside the MLflow model.
 BUNDLE_PATH: Final = "artifacts/bundle"
-RANKER_FOLDER: Final = "ranker"
 
 _EVENT: Final = "recflow.event."
 _ROLLBACK: Final = "recflow.rollback"

@@ -13,6 +13,7 @@ from recflow.defs.ingest import assets as ingest
 from recflow.defs.jobs import JOBS
 from recflow.defs.models import assets as models
 from recflow.defs.prepare import assets as prepare
+from recflow.defs.promotion import assets as promotion
 from recflow.defs.resources import make_resources, settings
 from recflow.defs.schedules import SCHEDULES
 from recflow.defs.search import assets as search
@@ -20,7 +21,10 @@ from recflow.defs.splits import assets as splits
 from recflow.defs.studies import assets as studies
 from recflow.defs.tracking import tracked_executor, tracking_sensors
 
-STAGES = [ingest, prepare, features, splits, search, models, compression, evaluation, studies]
+STAGES = [
+    *(ingest, prepare, features, splits, search, models, compression, evaluation),
+    *(promotion, studies),
+]
 
 # A nightly retraining that succeeded is at most this old.
 FRESH_FOR = timedelta(hours=36)

@@ -8,8 +8,10 @@ columns ``scores``, aligned with the candidates, ``ranking`` (ids, best first) a
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -48,11 +50,24 @@ _REQUIREMENTS: Final = (
 def import_pyfunc() -> Any:
     """Import ``mlflow.pyfunc``, which warns of type hints of its own."""
     disable_telemetry()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+    with _without_advice():
         import mlflow.pyfunc
 
     return mlflow.pyfunc
+
+
+@contextmanager
+def _without_advice() -> Generator[None]:
+    """Keep MLflow from recommending type hints, which would replace the signature."""
+    logger = logging.getLogger("mlflow.pyfunc")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def save_pyfunc(
@@ -99,15 +114,23 @@ def save_pyfunc(
             ]
         ),
     )
-    mlflow_pyfunc.save_model(
-        path=str(output),
-        python_model=str(_CODE),
-        artifacts={BUNDLE: str(bundle)},
-        signature=signature,
-        input_example=pd.DataFrame([dict(example)]),
-        pip_requirements=requirements(),
-        model_config={THREADS: threads} if threads else None,
-    )
+    with _without_advice():
+        mlflow_pyfunc.save_model(
+            path=str(output),
+            python_model=str(_CODE),
+            artifacts={BUNDLE: str(bundle)},
+            signature=signature,
+            input_example=pd.DataFrame([dict(example)]),
+            pip_requirements=requirements(),
+            model_config={THREADS: threads} if threads else None,
+        )
+
+
+def load_pyfunc(model: Path) -> Any:
+    """Load a stored MLflow model, as its server does."""
+    mlflow_pyfunc = import_pyfunc()
+    with _without_advice():
+        return mlflow_pyfunc.load_model(str(model))
 
 
 def requirements() -> list[str]:

@@ -50,22 +50,21 @@ _REQUIREMENTS: Final = (
 def import_pyfunc() -> Any:
     """Import ``mlflow.pyfunc``, which warns of type hints of its own."""
     disable_telemetry()
-    with _without_advice():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         import mlflow.pyfunc
 
     return mlflow.pyfunc
 
 
 @contextmanager
-def _without_advice() -> Generator[None]:
-    """Keep MLflow from recommending type hints, which would replace the signature."""
+def _without_news() -> Generator[None]:
+    """Keep MLflow from announcing in the console that it looks at the example."""
     logger = logging.getLogger("mlflow.pyfunc")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            yield
+        yield
     finally:
         logger.setLevel(level)
 
@@ -114,7 +113,7 @@ def save_pyfunc(
             ]
         ),
     )
-    with _without_advice():
+    with _without_news():
         mlflow_pyfunc.save_model(
             path=str(output),
             python_model=str(_CODE),
@@ -128,9 +127,7 @@ def save_pyfunc(
 
 def load_pyfunc(model: Path) -> Any:
     """Load a stored MLflow model, as its server does."""
-    mlflow_pyfunc = import_pyfunc()
-    with _without_advice():
-        return mlflow_pyfunc.load_model(str(model))
+    return import_pyfunc().load_model(str(model))
 
 
 def requirements() -> list[str]:

@@ -25,8 +25,8 @@ class RecommendationModel(PythonModel):
         threads = (context.model_config or {}).get(THREADS)
         self._ranker = ServedRanker.load(Path(context.artifacts[BUNDLE]), threads=threads)
 
-    # Without type hints: MLflow takes them for a schema, and the signature says more.
-    def predict(self, context, model_input, params=None):  # noqa: ARG002  # pyright: ignore[reportIncompatibleMethodOverride]
+    # MLflow takes other type hints for a schema; the signature says more.
+    def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> Any:  # noqa: ARG002
         """One row of scores, ranking and click probabilities for each row of the input."""
         rows = model_input.to_dict(orient="records")
         try:

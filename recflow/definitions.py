@@ -16,6 +16,7 @@ from recflow.defs.monitoring import assets as monitoring
 from recflow.defs.monitoring.alerts import alert_sensors, configured_webhook
 from recflow.defs.monitoring.sensors import drift_sensor
 from recflow.defs.prepare import assets as prepare
+from recflow.defs.promotion import assets as promotion
 from recflow.defs.resources import make_resources, settings
 from recflow.defs.schedules import SCHEDULES
 from recflow.defs.search import assets as search
@@ -25,7 +26,7 @@ from recflow.defs.tracking import tracked_executor, tracking_sensors
 
 STAGES = [
     *(ingest, prepare, features, monitoring, splits, search, models, compression, evaluation),
-    studies,
+    *(promotion, studies),
 ]
 
 # A nightly retraining that succeeded is at most this old.

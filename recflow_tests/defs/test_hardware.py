@@ -59,7 +59,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Asset job .* materializes assets
 CATALOGUE = load_catalogue()
 FAMILY = load_family()
 GRAPH = defs.resolve_asset_graph()
-MODEL_GROUPS = {"models", "search", "studies", "compression", "evaluation"}
+MODEL_GROUPS = {"models", "search", "studies", "compression", "evaluation", "promotion"}
 GPU = "nvidia.com/gpu"
 TAGS = {GPU_TYPE, GPU_MEMORY, GPU_COUNT, HOST_MEMORY}
 ON_PROCESSORS = [
@@ -171,8 +171,8 @@ def test_every_form_of_a_need_agrees_for_every_model_asset() -> None:
         for node in map(GRAPH.get, GRAPH.get_all_asset_keys())
         if node.is_materializable and node.group_name in MODEL_GROUPS
     }
-    # The report is text and pictures.
-    assert heavy - set(NEEDS) == {"evaluation/report"}
+    # The report is text and pictures; promoting copies files.
+    assert heavy - set(NEEDS) == {"evaluation/report", "promotion/champion"}
     assert set(NEEDS) <= heavy
     assert_all_forms_agree(defs, NEEDS)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -14,8 +15,10 @@ from dagster._core.remote_origin import (
 )
 
 from recflow.adapters.keys import DRIFT, FINE_TUNED, ITEM_VECTORS, REPORT
+from recflow.core.artifacts import Artifact, Manifest, StoredFile
 from recflow.core.errors import ArtifactError
 from recflow.definitions import defs
+from recflow.defs.common import artifact_metadata
 from recflow.defs.jobs import TRAIN_TAGS
 from recflow.defs.monitoring.evidence import read_evidence
 from recflow.defs.monitoring.sensors import retraining
@@ -51,25 +54,29 @@ def january(number: int) -> str:
 
 
 def found(
-    instance: dg.DagsterInstance, number: int, *drifted: str, digest: str = "", **others: Any
-) -> None:
-    """A day's drift, as the asset reports it."""
+    instance: dg.DagsterInstance, number: int, *drifted: str, report: str = "", **others: Any
+) -> DriftEvidence:
+    """A day's drift, stored and reported as assets do; another report has another digest."""
     day = date(2024, 1, number)
-    evidence = DriftEvidence(day, digest or f"report-{number}", drifted=drifted, **others)
-    metadata = {
-        **{name: _metadata(value) for name, value in evidence.to_facts().items()},
-        "digest": dg.MetadataValue.text(evidence.digest),
-        "rows": dg.MetadataValue.int(1000),
-    }
-    instance.report_runless_asset_event(
-        dg.AssetMaterialization(DRIFT_KEY, partition=str(day), metadata=metadata)
+    facts = DriftEvidence(day, "", drifted=drifted, **others).to_facts()
+    artifact = Artifact(
+        Path("store", DRIFT, str(day)),
+        Manifest(
+            key=DRIFT,
+            partition=str(day),
+            fingerprint="",
+            parents={},
+            config={},
+            facts={**facts, "rows": 1000},
+            files={"report.json": StoredFile(report or f"report-{number}", 1)},
+            created_at="",
+            library_versions={},
+        ),
     )
-
-
-def _metadata(value: Any) -> dg.MetadataValue:
-    if isinstance(value, bool):
-        return dg.MetadataValue.bool(value)
-    return dg.MetadataValue.text(value) if isinstance(value, str) else dg.MetadataValue.json(value)
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization(DRIFT_KEY, partition=str(day), metadata=artifact_metadata(artifact))
+    )
+    return DriftEvidence(day, artifact.digest, drifted=drifted, **others)
 
 
 def run_of(
@@ -131,14 +138,11 @@ def test_the_newest_report_of_each_of_the_newest_days_counts(
     instance: dg.DagsterInstance,
 ) -> None:
     found(instance, 3, "hour")
-    found(instance, 5, "hour", champion="7", champion_snapshot="2023-12-31")
-    found(instance, 4, decayed=True)
-    found(instance, 3, digest="again")
-    assert read_evidence(instance, 2) == [
-        DriftEvidence(date(2024, 1, 4), "report-4", decayed=True),
-        DriftEvidence(date(2024, 1, 5), "report-5", "7", "2023-12-31", ("hour",)),
-    ]
-    assert read_evidence(instance, 9)[0] == DriftEvidence(date(2024, 1, 3), "again")
+    fifth = found(instance, 5, "hour", champion="7", champion_snapshot="2023-12-31")
+    fourth = found(instance, 4, decayed=True)
+    third = found(instance, 3, report="again")
+    assert read_evidence(instance, 2) == [fourth, fifth]
+    assert read_evidence(instance, 9) == [third, fourth, fifth]
 
 
 def test_nothing_is_known_of_an_empty_instance(instance: dg.DagsterInstance) -> None:
@@ -403,8 +407,8 @@ def test_the_nightly_run_is_known_by_its_day(instance: dg.DagsterInstance) -> No
     assert again.run_key == request.run_key
 
 
-def test_every_training_carries_its_snapshot_however_it_is_started() -> None:
-    for job in ("train", "full", "retrain"):
+def test_every_run_of_a_day_carries_it_however_it_is_started() -> None:
+    for job in ("monitor", "train", "full", "retrain"):
         definition = defs.resolve_job_def(job)
         tags = definition.get_tags_for_partition_key("2024-01-09", None)
         assert tags["recflow/snapshot"] == "2024-01-09", job

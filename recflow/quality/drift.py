@@ -488,8 +488,7 @@ class _Comparison:
             return missing
         stacked = np.concatenate(list(blocks.values()), axis=1)
         # Summed by cluster: [clusters, columns of all measures].
-        totals = np.zeros((self.clusters, stacked.shape[1]))
-        np.add.at(totals, self.cluster, stacked)
+        totals = _sums_by(self.cluster, stacked)
         is_current = np.arange(self.clusters) < self.current_clusters
         observed = totals[is_current].sum(axis=0), totals[~is_current].sum(axis=0)
         permuted = self._permuted(totals)
@@ -594,8 +593,9 @@ class _Comparison:
     def _by_day(self, block: FloatArray) -> FloatArray:
         """Sums of each day with enough rows that have a value; none where days are too few."""
         days, codes = np.unique(self.usual_rows[Rows.DAY].to_numpy(), return_inverse=True)
-        sums = np.zeros((len(days), block.shape[1]))
-        np.add.at(sums, codes, block)
+        if not len(days):
+            return block
+        sums = _sums_by(codes, block)
         rows = np.bincount(codes, weights=block.any(axis=1), minlength=len(days))
         sums = sums[rows >= min(self.config.least_impressions, 50)]
         return sums if len(sums) >= _LEAST_DAYS else sums[:0]
@@ -618,6 +618,13 @@ def _clusters(current: pl.DataFrame, base: pl.DataFrame) -> tuple[IntArray, int,
         numbers.append(rank.to_numpy().astype(np.int64) - 1 + sum(counts))
         counts.append(int(rank.n_unique()))
     return np.concatenate(numbers), sum(counts), counts[0]
+
+
+def _sums_by(groups: IntArray, block: FloatArray) -> FloatArray:
+    """Sum the rows of each group, numbered from 0 without gaps: float64 [groups, columns]."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    return np.add.reduceat(block[order], starts, axis=0)
 
 
 def _rate_columns(rows: pl.DataFrame, name: str) -> FloatArray:

@@ -61,6 +61,7 @@ DECAY = "decay"
 _REPEATS = {1_000: 100, 10_000: 50}
 _FEW_REPEATS = 10
 _REFERENCE_DAYS = 5
+_TEST_DAYS = 2
 _MAX_HISTORY = 50
 _ITEMS_PER_DAY = 120
 _TOPIC = "sports"
@@ -246,7 +247,7 @@ def compare(
     decays = []
     if DECAY_METRICS[0] in current.columns:
         sides = [side.select(columns).drop_nans() for side in (current, reference)]
-        decays = decays_of(sides[0], _with_training_days(sides[1]), config)
+        decays = decays_of(sides[0], sides[1], config)
     names = list(Rows.SCHEMA)
     report = measure_drift(
         current.select(names),
@@ -259,12 +260,6 @@ def compare(
     )
     found = set(report.drifted) | ({DECAY} if report.decayed else set())
     return found | ({ANY} if found else set())
-
-
-def _with_training_days(ranked: pl.DataFrame) -> pl.DataFrame:
-    """All but the last day as days of training, which say what is usual."""
-    last = pl.col(Rows.DAY) == pl.col(Rows.DAY).max()
-    return ranked.with_columns(last.alias(Rows.HELD_OUT))
 
 
 def _item_sample(items: pl.DataFrame) -> ItemSample:
@@ -402,7 +397,8 @@ def _against_days_before(
         rng = make_rng(draw, "draw", str(day), size)
         kept = rng.choice(rows.height, min(size, rows.height), replace=False)
         parts.append(rows[np.sort(kept)])
-    reference = pl.concat(parts[:-1])
+    test = pl.col(Rows.DAY).is_in(wanted[-1 - _TEST_DAYS : -1])
+    reference = pl.concat(parts[:-1]).with_columns(test.alias(Rows.HELD_OUT))
     return compare(parts[-1], reference, config, items=log.items)
 
 

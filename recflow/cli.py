@@ -12,7 +12,9 @@ from typing import Annotated
 
 import typer
 
+from recflow.cli_promotion import add_promotion_commands
 from recflow.core.errors import RecflowError
+from recflow.loop_cli import app as loop_app
 
 app = typer.Typer(
     help="A text-based recommender from raw click logs to an evaluated, affordable model.",
@@ -22,6 +24,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Raw logs and pretrained weights.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(loop_app, name="loop")
+add_promotion_commands(app)
 
 
 class Carried(StrEnum):

@@ -19,7 +19,7 @@ from recflow.settings import PROJECT_ROOT
 SAMPLE = PROJECT_ROOT / "data" / "sample"
 FIRST_DAY, LAST_DAY = date(2024, 1, 1), date(2024, 1, 14)
 INGEST = "group:ingest or group:prepare or group:features"
-TRAIN = "group:splits or group:models or group:evaluation"
+TRAIN = "group:splits or group:models or group:evaluation or group:promotion"
 
 # Enough to run every line, not enough to learn much.
 QUICK: dict[str, Any] = {
@@ -41,6 +41,8 @@ QUICK: dict[str, Any] = {
     "evaluation__predictions": {"config": {"catalogue_sample": 50}},
     "evaluation__measurements": {"config": {"texts": 32}},
     "evaluation__report": {"config": {"bootstrap_samples": 100}},
+    # It has not learned enough to beat a baseline beyond doubt.
+    "promotion__gate": {"config": {"min_baseline_lead": -1.0, "bootstrap_samples": 100}},
 }
 
 

@@ -58,7 +58,7 @@ def report_html(
     groups = [_GroupView(document, group) for group in document["compression"]]
     money = _MoneyView(document) if document["costs"] else None
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             document=document,
@@ -408,7 +408,8 @@ def _training_charts(training: Mapping[str, Sequence[Mapping[str, float | None]]
     return views
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates, with everything escaped and the filters that format numbers."""
     environment = Environment(
         loader=PackageLoader("recflow.evaluation.report", "templates"),
         autoescape=True,  # names, titles and reasons come from data

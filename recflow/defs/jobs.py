@@ -55,7 +55,8 @@ train_job = dg.define_asset_job(
     selection=dg.AssetSelection.groups(*TRAIN_GROUPS),
     config=_ONE_DAY,
     tags=TRAIN_TAGS,
-    description="Split, train, compress and evaluate the snapshot that ends with the day; promote.",
+    description="Split, train, compress and evaluate the snapshot that ends with the day, and "
+    "promote its candidate.",
 )
 full_job = dg.define_asset_job(
     "full",

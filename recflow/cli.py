@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from recflow.cli_backtest import backtest
 from recflow.core.errors import RecflowError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Raw logs and pretrained weights.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(backtest)
 
 
 class Carried(StrEnum):

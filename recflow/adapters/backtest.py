@@ -45,6 +45,7 @@ from recflow.adapters.validations import validate_days
 from recflow.core.artifacts import Artifact, Draft, JsonValue, sha256_of
 from recflow.core.columns import IMPRESSION_FEATURES, ITEM_FEATURES, Columns
 from recflow.core.errors import ConfigError
+from recflow.core.seeding import make_rng
 from recflow.data.clean import clean_impressions, clean_items
 from recflow.data.features import impression_features, item_features
 from recflow.data.sources.base import Source
@@ -66,17 +67,19 @@ from recflow.evaluation.backtest import (
     walk,
 )
 from recflow.evaluation.metrics import ranking_metrics
-from recflow.evaluation.slates import flatten, offsets_of
+from recflow.evaluation.significance import bootstrap_ratios, codes_of, percentile_interval
+from recflow.evaluation.slates import flatten, offsets_of, sums_by
 from recflow.modeling.config import TrainingConfig
 from recflow.modeling.encoder import WEIGHTS_NAME
 from recflow.modeling.ranker import Ranker, load_ranker
 from recflow.modeling.texts import TOKENIZER_NAME, Rows, Vectors
 from recflow.modeling.tracking import NullTracker
 from recflow.modeling.trainer import train_ranker
+from recflow.quality.drift import DriftConfig
 from recflow.quality.evidence import DriftEvidence
 from recflow.quality.trigger import TriggerPolicy, decide
 
-MODELS, SCORES = "backtest/models", "backtest/scores"
+MODELS, SCORES, LOOKS = "backtest/models", "backtest/scores", "backtest/looks"
 _CODE_VERSION = "1"
 _SCORES = "scores"
 _ENCODERS = "backtest/encoders"
@@ -109,6 +112,11 @@ class Gate(Protocol):
 
 class MeasureDrift(Protocol):
     """Measures the drift of a day against a champion."""
+
+    @property
+    def identity(self) -> Mapping[str, JsonValue]:
+        """What the result depends on beside the day and the champion."""
+        ...
 
     def __call__(self, day: date, champion: Champion) -> DriftEvidence:
         """Measure; the day's features and the champion's snapshot are in the store."""
@@ -174,6 +182,96 @@ def prepare_days(store: ArtifactStore, source: Source, *, max_history: int) -> l
     return days
 
 
+@dataclass(frozen=True, slots=True)
+class MeasureDriftOfDays:
+    """Measures drift as the asset ``monitoring/drift`` does.
+
+    Attributes:
+        store: Where the days and the champions' snapshots are.
+        window_days: Days whose clicks extend the histories of a day.
+        max_history: The newest so many items of a history are kept.
+        config: Limits.
+        threads: Threads a champion may use.
+    """
+
+    store: ArtifactStore
+    window_days: int
+    max_history: int
+    config: DriftConfig
+    threads: int
+
+    @property
+    def identity(self) -> Mapping[str, JsonValue]:
+        """What the result depends on beside the day and the champion."""
+        return {
+            **cast("dict[str, JsonValue]", asdict(self.config)),
+            "ignored": list(self.config.ignored),
+            "window_days": self.window_days,
+            "max_history": self.max_history,
+        }
+
+    def __call__(self, day: date, champion: Champion) -> DriftEvidence:
+        """Measure."""
+        # Comes with libraries that take seconds to load, which only this policy needs.
+        from recflow.adapters.drift import build_drift
+
+        artifact = build_drift(
+            self.store,
+            str(day),
+            champion=champion,
+            window=window_of(day, self.window_days),
+            max_history=self.max_history,
+            config=self.config,
+            threads=self.threads,
+            code_version=_CODE_VERSION,
+        )
+        return DriftEvidence.from_facts(day, artifact.digest, artifact.facts)
+
+
+@dataclass(frozen=True, slots=True)
+class NoWorse:
+    """A gate: the candidate's AUC less the champion's is above ``-tolerance`` for sure.
+
+    Attributes:
+        tolerance: AUC that a candidate may lose.
+        bootstrap_samples: Resamples of users behind the interval.
+        seed: Seed of the draws.
+    """
+
+    tolerance: float = 0.01
+    bootstrap_samples: int = 1_000
+    seed: int = 0
+
+    def __call__(self, contest: Contest) -> Verdict:
+        """Judge."""
+        users = contest.impressions[Columns.USER_ID].to_list()
+        gained = np.subtract(
+            *(
+                _metrics(contest.impressions, scores)[0].to_numpy()
+                for scores in (contest.candidate, contest.champion)
+            )
+        )
+        ranked = np.flatnonzero(~np.isnan(gained))
+        codes, count = codes_of([users[row] for row in ranked])
+        sums = sums_by(codes, gained[ranked], count)[:, None]
+        sizes = sums_by(codes, np.ones(len(ranked)), count)[:, None]
+        draws = bootstrap_ratios(
+            sums, sizes, self.bootstrap_samples, make_rng(self.seed, "gate of the backtest")
+        )
+        interval = percentile_interval(draws[:, 0], 0.95)
+        low = interval[0] if interval else -np.inf
+        return Verdict(
+            bool(low > -self.tolerance),
+            f"AUC {gained[ranked].mean():+.4f}, at least {low:+.4f}; "
+            f"{-self.tolerance:g} is allowed",
+        )
+
+
+def window_of(day: date, days: int) -> list[str]:
+    """Partition keys of the window of ``days`` days that ends with a day, oldest first."""
+    return [str(day - timedelta(days=back)) for back in reversed(range(days))]
+
+
 class StoredWorld:
     """A prepared log with models that are trained when they are first asked for.
 
@@ -213,12 +311,10 @@ class StoredWorld:
     def snapshot(self, day: date) -> Snapshot:
         """The snapshot that ends with a day, cut when it is first asked for."""
         if day not in self._snapshots:
-            first = day - timedelta(days=self._split.window_days - 1)
-            window = [str(first + timedelta(days=n)) for n in range(self._split.window_days)]
             build_snapshot(
                 self._store,
                 str(day),
-                window=window,
+                window=window_of(day, self._split.window_days),
                 config=self._split,
                 code_version=_CODE_VERSION,
             )
@@ -260,6 +356,30 @@ class StoredWorld:
             (pl.col(Columns.TIME).dt.date() == day).alias("today"),
         ).with_columns(_metrics(impressions, self._scores(model.snapshot, day)))
         return table.filter("today").select(Columns.USER_ID, *METRICS)
+
+    def look(self, model: Trained, day: date, measure: MeasureDrift) -> tuple[DriftEvidence, float]:
+        """The drift of a day against a model, and the seconds it took to measure when it was."""
+
+        def build(draft: Draft) -> None:
+            self._tell(f"measuring the drift of {day} against the model of {model.snapshot}")
+            began = time.monotonic()
+            found = measure(day, self.champion(model))
+            seconds = time.monotonic() - began
+            draft.facts |= {**found.to_facts(), "report": found.digest, "seconds": seconds}
+
+        artifact = self._store.build(
+            LOOKS,
+            f"{day}.{model.snapshot}",
+            build,
+            code_version=_CODE_VERSION,
+            parents={
+                MODELS: self.model(model.snapshot),
+                **self._store.existing(FEATURES_IMPRESSIONS, [str(day)]),
+            },
+            config=measure.identity,
+        )
+        facts = artifact.facts
+        return DriftEvidence.from_facts(day, str(facts["report"]), facts), _number(facts["seconds"])
 
     def admit(self, candidate: Trained, champion: Trained, day: date) -> Verdict:
         """Let the gate compare a candidate with the champion on the snapshot's test days."""
@@ -466,9 +586,8 @@ class RetrainOnDrift:
 
     def decide(self, day: date, champion: Trained, last_trained: date) -> Choice:
         """Measure the drift of the day against the champion, and ask the trigger."""
-        began = time.monotonic()
-        self.evidence.append(self._measure(day, self._world.champion(champion)))
-        seconds = time.monotonic() - began
+        found, seconds = self._world.look(champion, day, self._measure)
+        self.evidence.append(found)
         decision = decide(self.evidence, self._trigger, last_retrained=last_trained)
         return Choice(decision.retrain, decision.reason, seconds)
 

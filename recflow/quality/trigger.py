@@ -25,6 +25,9 @@ class TriggerPolicy:
         days_looked_at: The newest so many days with a report of the present champion.
         cooldown_days: Days of the log that must lie between the snapshots of two retrainings.
         decay_at_once: Retrain on the first day that the champion ranks significantly worse.
+        follow_up: Retrain once more, after the cooldown, where the last snapshot ended on an
+            alarming day: its newest days are held out for validation and test, so it learned from
+            hardly any day after the change, and is too new itself to show that as drift.
 
     Raises:
         ConfigError: A value is impossible.
@@ -34,6 +37,7 @@ class TriggerPolicy:
     days_looked_at: int = 3
     cooldown_days: int = 2
     decay_at_once: bool = True
+    follow_up: bool = True
 
     def __post_init__(self) -> None:
         if self.days_needed < 1:
@@ -90,12 +94,21 @@ def decide(
     alarming = [e for e in recent if e.alarming]
     decayed = newest.decayed and policy.decay_at_once
     seen = f"{len(alarming)} of the last {len(recent)} days are beyond a limit"
+    if last_retrained is not None and policy.follow_up:
+        unsettled = [e for e in ordered if e.day == last_retrained and e.alarming]
+        if unsettled and newest.day >= _ready(last_retrained, policy):
+            return Decision(
+                f"snapshot {last_retrained} ended on a day beyond a limit and learned from hardly "
+                f"any day after that: {_names(unsettled)}",
+                newest.day,
+                run_key([*unsettled, newest], policy),
+            )
     if not decayed and len(alarming) < policy.days_needed:
         return Decision(f"{seen}; {policy.days_needed} of {policy.days_looked_at} are needed")
     if not newest.alarming:
         return Decision(f"{seen}, but the newest, {newest.day}, is not: it has passed")
     if last_retrained is not None:
-        ready = last_retrained + timedelta(days=policy.cooldown_days + 1)
+        ready = _ready(last_retrained, policy)
         if newest.day < ready:
             return Decision(
                 f"{seen}, but snapshot {last_retrained} was trained less than "
@@ -109,6 +122,16 @@ def run_key(evidence: Sequence[DriftEvidence], policy: TriggerPolicy) -> str:
     lines = [f"{e.day} {e.digest} {e.champion}" for e in evidence]
     text = "\n".join([*lines, str(sorted(asdict(policy).items()))])
     return f"drift-{evidence[-1].day}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _ready(last_retrained: date, policy: TriggerPolicy) -> date:
+    """First day whose snapshot may be trained after the last one."""
+    return last_retrained + timedelta(days=policy.cooldown_days + 1)
+
+
+def _names(evidence: Sequence[DriftEvidence]) -> str:
+    decay = ["decay"] if any(e.decayed for e in evidence) else []
+    return ", ".join([*decay, *dict.fromkeys(name for e in evidence for name in e.drifted)])
 
 
 def _reason(newest: DriftEvidence, alarming: Sequence[DriftEvidence], seen: str) -> str:

@@ -58,7 +58,7 @@ def report_html(
     groups = [_GroupView(document, group) for group in document["compression"]]
     money = _MoneyView(document) if document["costs"] else None
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             document=document,
@@ -408,8 +408,9 @@ def _training_charts(training: Mapping[str, Sequence[Mapping[str, float | None]]
     return views
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Where the pages' templates are, with the filters that write numbers."""
+    made = Environment(
         loader=PackageLoader("recflow.evaluation.report", "templates"),
         autoescape=True,  # names, titles and reasons come from data
         undefined=StrictUndefined,
@@ -437,8 +438,8 @@ def _environment() -> Environment:
         "percent": _percent,
         "is_web_link": _is_web_link,
     }
-    cast("dict[str, Callable[..., str | bool]]", environment.filters).update(filters)  # pyright: ignore[reportUnknownMemberType]
-    return environment
+    cast("dict[str, Callable[..., str | bool]]", made.filters).update(filters)  # pyright: ignore[reportUnknownMemberType]
+    return made
 
 
 def _plain(value: float | None) -> str:

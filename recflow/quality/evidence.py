@@ -56,16 +56,23 @@ class DriftEvidence:
         Raises:
             ArtifactError: The facts are not those of a drift report.
         """
+        champion = facts.get("champion")
+        snapshot = facts.get("champion_snapshot")
         drifted, decayed = facts.get("drifted"), facts.get("decayed")
-        if not isinstance(drifted, list) or not isinstance(decayed, bool):
+        if not (
+            isinstance(champion, str)
+            and isinstance(snapshot, str)
+            and isinstance(drifted, list)
+            and isinstance(decayed, bool)
+        ):
             raise ArtifactError(
                 f"the drift of {day} has no verdict this recflow can read; materialise it again"
             )
         return cls(
             day=day,
             digest=digest,
-            champion=str(facts.get("champion", "")),
-            champion_snapshot=str(facts.get("champion_snapshot", "")),
+            champion=champion,
+            champion_snapshot=snapshot,
             drifted=tuple(str(name) for name in drifted),
             decayed=decayed,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date, timedelta
 
 from recflow.core.errors import ConfigError
@@ -79,7 +79,7 @@ def decide(
         evidence: The newest report of each day, in any order. Days compared with another champion
             than the newest day was are left out: they say nothing of the present one.
         policy: When to retrain.
-        last_retrained: Last day of the snapshot that was trained most recently, whether or not it
+        last_retrained: Newest snapshot that was trained or is being trained, whether or not it
             became champion.
     """
     if not evidence:
@@ -114,14 +114,20 @@ def decide(
                 f"{seen}, but snapshot {last_retrained} was trained less than "
                 f"{policy.cooldown_days + 1} days before {newest.day}; next on {ready}"
             )
-    return Decision(_reason(newest, alarming, seen), newest.day, run_key(alarming, policy))
+    return Decision(_reason(newest, alarming, seen), newest.day, run_key(alarming))
 
 
-def run_key(evidence: Sequence[DriftEvidence], policy: TriggerPolicy) -> str:
-    """Identity of the evidence that a retraining is requested for."""
-    lines = [f"{e.day} {e.digest} {e.champion}" for e in evidence]
-    text = "\n".join([*lines, str(sorted(asdict(policy).items()))])
-    return f"drift-{evidence[-1].day}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+def run_key(evidence: Sequence[DriftEvidence]) -> str:
+    """Identity of the evidence that a retraining is requested for.
+
+    The policy is no part of it: who changes the policy does not ask for a training of what was
+    trained on already.
+
+    Args:
+        evidence: The alarming days, oldest first; at least one.
+    """
+    lines = "\n".join(f"{e.day} {e.digest} {e.champion}" for e in evidence)
+    return f"drift-{evidence[-1].day}-{hashlib.sha256(lines.encode()).hexdigest()[:16]}"
 
 
 def _ready(last_retrained: date, policy: TriggerPolicy) -> date:

@@ -101,7 +101,7 @@ def decide(
                 f"snapshot {last_retrained} ended on a day beyond a limit and learned from hardly "
                 f"any day after that: {_names(unsettled)}",
                 newest.day,
-                run_key([*unsettled, newest], policy),
+                run_key([*unsettled, newest]),
             )
     if not decayed and len(alarming) < policy.days_needed:
         return Decision(f"{seen}; {policy.days_needed} of {policy.days_looked_at} are needed")

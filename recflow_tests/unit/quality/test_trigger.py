@@ -161,7 +161,8 @@ def test_what_was_trained_is_new_alarming_and_after_the_cooldown(
         return
     newest = max(evidence, key=lambda e: e.day)
     assert decision.snapshot == newest.day
-    assert newest.alarming
+    followed_up = policy.follow_up and any(e.day == last and e.alarming for e in evidence)
+    assert newest.alarming or followed_up
     if last is not None:
         assert (newest.day - last).days > policy.cooldown_days
     # Once it has been trained, the same evidence asks for nothing.

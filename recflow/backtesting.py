@@ -77,7 +77,7 @@ def _calm(**changes: object) -> SimulationConfig:
     # Most visitors of a news site are seen once: what is wanted now is then not in their history,
     # only a model can know it.
     calm = SimulationConfig(
-        seed=11, days=30, impressions=30_000, users=8_000, cold_users=ColdUsers(day=0, share=0.6)
+        seed=29, days=30, impressions=30_000, users=8_000, cold_users=ColdUsers(day=0, share=0.6)
     )
     return dataclasses.replace(calm, **changes)  # pyright: ignore[reportArgumentType]
 
@@ -294,12 +294,13 @@ def walk_log(
     """
     from recflow.adapters.artifact_store import ArtifactStore
     from recflow.adapters.backtest import (
+        JudgeAsPromoted,
         MeasureDriftOfDays,
-        NoWorse,
         StoredWorld,
         run_backtest,
     )
     from recflow.evaluation.backtest import Judging
+    from recflow.evaluation.gate import GateConfig
     from recflow.quality.drift import DriftConfig
 
     store = ArtifactStore(work / "store")
@@ -309,7 +310,7 @@ def walk_log(
         config=options.training,
         base_model=fetch_base_model(),
         cache_directory=work / "cache",
-        gate=NoWorse(seed=options.seed),
+        gate=JudgeAsPromoted(GateConfig(seed=options.seed)),
         tell=say,
     )
     judging = Judging(

@@ -45,7 +45,6 @@ from recflow.adapters.validations import validate_days
 from recflow.core.artifacts import Artifact, Draft, JsonValue, sha256_of
 from recflow.core.columns import IMPRESSION_FEATURES, ITEM_FEATURES, Columns
 from recflow.core.errors import ConfigError
-from recflow.core.seeding import make_rng
 from recflow.data.clean import clean_impressions, clean_items
 from recflow.data.features import impression_features, item_features
 from recflow.data.sources.base import Source
@@ -66,9 +65,20 @@ from recflow.evaluation.backtest import (
     evenly_spaced,
     walk,
 )
+from recflow.evaluation.evaluator import evaluate
+from recflow.evaluation.gate import (
+    CHAMPION,
+    Costs,
+    Evidence,
+    GateConfig,
+    Incumbent,
+    Parity,
+    judge,
+)
 from recflow.evaluation.metrics import ranking_metrics
-from recflow.evaluation.significance import bootstrap_ratios, codes_of, percentile_interval
-from recflow.evaluation.slates import flatten, offsets_of, sums_by
+from recflow.evaluation.scoring import Predictions
+from recflow.evaluation.scoring import Snapshot as Evaluated
+from recflow.evaluation.slates import flatten, offsets_of
 from recflow.modeling.config import TrainingConfig
 from recflow.modeling.encoder import WEIGHTS_NAME
 from recflow.modeling.ranker import Ranker, load_ranker
@@ -82,6 +92,10 @@ from recflow.quality.trigger import TriggerPolicy, decide
 MODELS, SCORES, LOOKS = "backtest/models", "backtest/scores", "backtest/looks"
 _CODE_VERSION = "1"
 _SCORES = "scores"
+_SCORED = pl.List(pl.Float64)
+_CANDIDATE = "candidate"
+# Requirements of the gate, by name.
+_SERVED_AS_JUDGED, _NOT_WORSE = "served_as_judged", "not_worse_than_champion"
 _ENCODERS = "backtest/encoders"
 
 
@@ -90,16 +104,20 @@ class Contest:
     """A candidate and the champion on the same impressions, the test days of a snapshot.
 
     Attributes:
-        items: Item features.
-        impressions: The impressions (contract ``SPLIT_IMPRESSIONS``).
-        candidate: Scores of the candidate, ``List(Float64)``, in the order of the impressions.
-        champion: Scores of the champion.
+        snapshot: The candidate's snapshot.
+        candidate: Its scores of the test days, ``List(Float64)``, in the order of the split.
+        candidate_digest: Digest of its artifact.
+        champion: The champion's scores of the same.
+        champion_digest: Digest of the champion's artifact.
+        champion_of: What the champion learned from.
     """
 
-    items: pl.DataFrame
-    impressions: pl.DataFrame
+    snapshot: Snapshot
     candidate: pl.Series
+    candidate_digest: str
     champion: pl.Series
+    champion_digest: str
+    champion_of: Trained
 
 
 class Gate(Protocol):
@@ -229,42 +247,68 @@ class MeasureDriftOfDays:
 
 
 @dataclass(frozen=True, slots=True)
-class NoWorse:
-    """A gate: the candidate's AUC less the champion's is above ``-tolerance`` for sure.
+class JudgeAsPromoted:
+    """Judges as the asset ``promotion/gate`` does, as far as nothing has to be served.
 
     Attributes:
-        tolerance: AUC that a candidate may lose.
-        bootstrap_samples: Resamples of users behind the interval.
-        seed: Seed of the draws.
+        config: What is required of a candidate.
     """
 
-    tolerance: float = 0.01
-    bootstrap_samples: int = 1_000
-    seed: int = 0
+    config: GateConfig
 
     def __call__(self, contest: Contest) -> Verdict:
         """Judge."""
-        users = contest.impressions[Columns.USER_ID].to_list()
-        gained = np.subtract(
-            *(
-                _metrics(contest.impressions, scores)[0].to_numpy()
-                for scores in (contest.candidate, contest.champion)
+        splits, test = contest.snapshot.splits, contest.snapshot.splits.test
+        # Validation fits the calibration, which no requirement looks at.
+        data = Evaluated(
+            items=contest.snapshot.items,
+            train=splits.train,
+            validation=splits.validation.clear(),
+            test=test,
+        )
+        nothing = pl.DataFrame(schema={Columns.IMPRESSION_ID: pl.String, Columns.SCORES: _SCORED})
+
+        def said(name: str, scores: pl.Series) -> Predictions:
+            table = test.select(Columns.IMPRESSION_ID, Columns.TIME)
+            ordered = table.with_columns(scores.alias(Columns.SCORES)).sort(
+                Columns.TIME, Columns.IMPRESSION_ID, maintain_order=True
             )
+            return Predictions(
+                scorer=name,
+                board="content-only",
+                validation=nothing,
+                test=ordered.select(Columns.IMPRESSION_ID, Columns.SCORES),
+                catalogue=None,
+            )
+
+        evaluation = evaluate(
+            [said(_CANDIDATE, contest.candidate), said(CHAMPION, contest.champion)],
+            data,
+            self.config.evaluation({_CANDIDATE: CHAMPION}),
         )
-        ranked = np.flatnonzero(~np.isnan(gained))
-        codes, count = codes_of([users[row] for row in ranked])
-        sums = sums_by(codes, gained[ranked], count)[:, None]
-        sizes = sums_by(codes, np.ones(len(ranked)), count)[:, None]
-        draws = bootstrap_ratios(
-            sums, sizes, self.bootstrap_samples, make_rng(self.seed, "gate of the backtest")
+        champion, first = contest.champion_of, cast("datetime", test[Columns.TIME].min())
+        decision = judge(
+            Evidence(
+                candidate=_CANDIDATE,
+                digest=contest.candidate_digest,
+                first_test_day=first.date(),
+                evaluation=evaluation,
+                baselines=(),
+                incumbent=Incumbent(
+                    version=str(champion.snapshot),
+                    snapshot=str(champion.snapshot),
+                    digest=contest.champion_digest,
+                    seen_until=champion.learned_until.date(),
+                ),
+                costs=Costs(),
+                parity=Parity(impressions=0, scores=0, different=0, largest_difference=0.0),
+            ),
+            self.config,
         )
-        interval = percentile_interval(draws[:, 0], 0.95)
-        low = interval[0] if interval else -np.inf
-        return Verdict(
-            bool(low > -self.tolerance),
-            f"AUC {gained[ranked].mean():+.4f}, at least {low:+.4f}; "
-            f"{-self.tolerance:g} is allowed",
-        )
+        judged = [item for item in decision.requirements if item.name != _SERVED_AS_JUDGED]
+        failed = [item.reason for item in judged if item.verdict == "failed"]
+        compared = [item.reason for item in judged if item.name == _NOT_WORSE]
+        return Verdict(not failed, "; ".join(failed or compared))
 
 
 def window_of(day: date, days: int) -> list[str]:
@@ -383,13 +427,14 @@ class StoredWorld:
 
     def admit(self, candidate: Trained, champion: Trained, day: date) -> Verdict:
         """Let the gate compare a candidate with the champion on the snapshot's test days."""
-        data = self.snapshot(day)
         return self._gate(
             Contest(
-                items=data.items,
-                impressions=data.splits.test,
+                snapshot=self.snapshot(day),
                 candidate=self._scores(candidate.snapshot, day),
+                candidate_digest=self.model(candidate.snapshot).digest,
                 champion=self._scores(champion.snapshot, day),
+                champion_digest=self.model(champion.snapshot).digest,
+                champion_of=champion,
             )
         )
 

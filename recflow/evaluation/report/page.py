@@ -409,8 +409,8 @@ def _training_charts(training: Mapping[str, Sequence[Mapping[str, float | None]]
 
 
 def environment() -> Environment:
-    """Where the pages' templates are, with the filters that write numbers."""
-    made = Environment(
+    """The templates, with everything escaped and the filters that format numbers."""
+    environment = Environment(
         loader=PackageLoader("recflow.evaluation.report", "templates"),
         autoescape=True,  # names, titles and reasons come from data
         undefined=StrictUndefined,
@@ -438,8 +438,8 @@ def environment() -> Environment:
         "percent": _percent,
         "is_web_link": _is_web_link,
     }
-    cast("dict[str, Callable[..., str | bool]]", made.filters).update(filters)  # pyright: ignore[reportUnknownMemberType]
-    return made
+    cast("dict[str, Callable[..., str | bool]]", environment.filters).update(filters)  # pyright: ignore[reportUnknownMemberType]
+    return environment
 
 
 def _plain(value: float | None) -> str:

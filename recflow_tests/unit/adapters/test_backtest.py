@@ -77,7 +77,7 @@ def copy_of(prepared: Path, folder: Path) -> Path:
 
 
 def admit_all(contest: Contest) -> Verdict:
-    return Verdict(True, f"{contest.impressions.height} impressions")
+    return Verdict(True, f"{contest.snapshot.splits.test.height} impressions")
 
 
 def world_in(
@@ -245,8 +245,8 @@ def test_the_gate_sees_both_models_on_the_snapshots_test_day(
     champion, candidate = world.train(DAYS[2]), world.train(DAYS[3])
     assert world.admit(candidate, champion, DAYS[3]) == Verdict(False, "not today")
     (contest,) = seen
-    assert contest.impressions[Columns.TIME].dt.date().unique().to_list() == [DAYS[3]]
-    slates = contest.impressions[Columns.CANDIDATES].list.len()
+    assert contest.snapshot.splits.test[Columns.TIME].dt.date().unique().to_list() == [DAYS[3]]
+    slates = contest.snapshot.splits.test[Columns.CANDIDATES].list.len()
     assert contest.candidate.list.len().equals(slates)
     assert contest.champion.list.len().equals(slates)
     assert not contest.candidate.equals(contest.champion)

@@ -105,8 +105,9 @@ class BacktestOptions:
         training: How models are trained.
         trigger: When drift is reason enough to retrain.
         days: Most days of the log that are used; ``None`` for all.
+        base_model: Hugging Face directory of the encoder; ``None`` fetches MiniLM.
         bootstrap_samples: Resamples behind each interval.
-        seed: Seed of trainings and draws.
+        seed: Seed of what is drawn while judging.
     """
 
     split: SplitConfig = field(
@@ -117,6 +118,7 @@ class BacktestOptions:
     training: TrainingConfig = field(default_factory=lambda: with_values(TrainingConfig(), QUICK))
     trigger: TriggerPolicy = field(default_factory=TriggerPolicy)
     days: int | None = None
+    base_model: Path | None = None
     bootstrap_samples: int = 1_000
     seed: int = 0
 
@@ -128,6 +130,7 @@ def options_of(
     test_days: int,
     max_history: int,
     days: int | None,
+    base_model: Path | None,
     trigger: Mapping[str, int],
     full: bool,
     changes: Sequence[str],
@@ -140,6 +143,7 @@ def options_of(
         test_days: Days for the gate.
         max_history: Clicks of a history kept.
         days: Most days of the log that are used; ``None`` for all.
+        base_model: Hugging Face directory of the encoder; ``None`` fetches MiniLM.
         trigger: Values of :class:`TriggerPolicy` that differ from its defaults.
         full: Train as a deployment does, not quickly.
         changes: More values of :class:`TrainingConfig`, as ``key=value``.
@@ -160,6 +164,7 @@ def options_of(
         ),
         trigger=TriggerPolicy(**trigger),  # pyright: ignore[reportArgumentType]
         days=days,
+        base_model=base_model,
     )
 
 
@@ -308,7 +313,7 @@ def walk_log(
         store,
         split=options.split,
         config=options.training,
-        base_model=fetch_base_model(),
+        base_model=options.base_model or fetch_base_model(),
         cache_directory=work / "cache",
         gate=JudgeAsPromoted(GateConfig(seed=options.seed)),
         tell=say,

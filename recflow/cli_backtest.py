@@ -35,6 +35,9 @@ def backtest(
     cooldown_days: Annotated[
         int | None, typer.Option(help="Days between the snapshots of two retrainings.")
     ] = None,
+    base_model: Annotated[
+        Path | None, typer.Option(help="Folder of the pretrained encoder; MiniLM is fetched.")
+    ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Train as a deployment does: minutes a training.")
     ] = False,
@@ -60,6 +63,7 @@ def backtest(
             test_days=test_days,
             max_history=max_history,
             days=days,
+            base_model=base_model,
             trigger={
                 key: value
                 for key, value in (

@@ -34,6 +34,7 @@ PLAIN = {
     "test_days": 1,
     "max_history": 50,
     "days": None,
+    "base_model": None,
     "trigger": {},
     "full": False,
     "changes": (),

@@ -12,6 +12,7 @@ from recflow.defs.features import assets as features
 from recflow.defs.ingest import assets as ingest
 from recflow.defs.jobs import JOBS
 from recflow.defs.models import assets as models
+from recflow.defs.monitoring import assets as monitoring
 from recflow.defs.prepare import assets as prepare
 from recflow.defs.resources import make_resources, settings
 from recflow.defs.schedules import SCHEDULES
@@ -20,7 +21,10 @@ from recflow.defs.splits import assets as splits
 from recflow.defs.studies import assets as studies
 from recflow.defs.tracking import tracked_executor, tracking_sensors
 
-STAGES = [ingest, prepare, features, splits, search, models, compression, evaluation, studies]
+STAGES = [
+    *(ingest, prepare, features, monitoring, splits, search, models, compression, evaluation),
+    studies,
+]
 
 # A nightly retraining that succeeded is at most this old.
 FRESH_FOR = timedelta(hours=36)

@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from recflow.compression.family import DEFAULT_FAMILY
+from recflow.compression.family import DEFAULT_FAMILY, load_family
 from recflow.core.errors import ConfigError
 from recflow.hardware.catalogue import load_catalogue
 
@@ -90,6 +90,17 @@ class Settings(BaseSettings):
         "", description="MLflow server or database; empty: SQLite below the home folder"
     )
     mlflow_experiment: str = Field("recflow", min_length=1, description="MLflow experiment")
+    registered_model: str = Field(
+        "recflow", pattern=r"^[\w.\- ]+$", description="Name of the model in MLflow's registry"
+    )
+    candidate: str = Field(
+        "fine_tuned", description="Model of the family that is put forward as champion"
+    )
+    approval: Literal["automatic", "required"] = Field(
+        "automatic",
+        description="automatic: what passes the gate becomes champion; required: it waits for "
+        "`recflow approve`",
+    )
     timezone: str = Field("UTC", description="IANA time zone of the nightly schedule")
     nightly_hour: int = Field(3, ge=0, le=23, description="Hour the nightly schedule runs at")
     nightly_minute: int = Field(0, ge=0, le=59, description="Minute the nightly schedule runs at")
@@ -133,6 +144,16 @@ class Settings(BaseSettings):
                     "evaluation run on processors; allowed: at least one of "
                     f"{', '.join(processors)} beside"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _candidate_is_of_the_family(self) -> Settings:
+        names = load_family(self.family).names
+        if self.candidate not in names:
+            raise ValueError(
+                f"{ENV_PREFIX}CANDIDATE = {self.candidate!r} is not allowed: it is no model of the "
+                f"family; allowed: {', '.join(names)}"
+            )
         return self
 
     @model_validator(mode="after")

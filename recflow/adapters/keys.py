@@ -25,6 +25,7 @@ MEASUREMENTS = "evaluation/measurements"
 REPORT = "evaluation/report"
 
 DRIFT = "monitoring/drift"
+DRIFT_REFERENCE = "monitoring/reference"
 GATE = "promotion/gate"
 CHAMPION = "promotion/champion"
 

@@ -137,11 +137,11 @@ def _tables(
         TRAIN: _split_table(splits.train),
         VALIDATION: _split_table(splits.validation),
         TEST: _split_table(splits.test),
-        ITEMS: Table(_newest_of_each_item(items)),
+        ITEMS: Table(newest_of_each_item(items)),
     }
 
 
-def _newest_of_each_item(items: Mapping[str, Artifact]) -> pl.DataFrame:
+def newest_of_each_item(items: Mapping[str, Artifact]) -> pl.DataFrame:
     """The catalogue of the window: of each item the row of the newest day that has it."""
     stacked = read_frames((items[day] for day in sorted(items)), ITEM_FEATURES)
     return stacked.unique(Columns.ITEM_ID, keep="last").sort(Columns.ITEM_ID)

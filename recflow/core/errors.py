@@ -9,6 +9,7 @@
     │   ├── ContractError           a table does not have the columns, types or values it promises
     │   ├── LeakageError            a row would see its own future
     │   ├── HardwareError           no device, or not this one, has what a run takes
+    │   ├── PromotionError          the model registry is not in the state that a change needs
     │   └── ArtifactError           a stored artifact is missing, incomplete or altered
     │       └── ParityError         two implementations of one model disagree
     └── TransientError              a rerun may help: network, disk pressure, a busy service
@@ -51,6 +52,10 @@ class LeakageError(PermanentError):
 
 class HardwareError(PermanentError):
     """A run takes more memory or time than the devices it may use have."""
+
+
+class PromotionError(PermanentError):
+    """The model that users get cannot be changed so: something else was decided meanwhile."""
 
 
 class ArtifactError(PermanentError):

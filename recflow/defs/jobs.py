@@ -1,4 +1,4 @@
-"""Jobs people start by name: ingest a day, train a snapshot, or all of it; search, study."""
+"""Jobs people start by name: ingest a day, watch it, train a snapshot, or all of it."""
 
 import dagster as dg
 
@@ -33,6 +33,12 @@ ingest_job = dg.define_asset_job(
     selection=dg.AssetSelection.groups(*INGEST_GROUPS),
     config=_CONSOLE,
     description="Raw logs to validated features, for one day or a range of days in one run.",
+)
+monitor_job = dg.define_asset_job(
+    "monitor",
+    selection=dg.AssetSelection.groups(*INGEST_GROUPS, "monitoring"),
+    config=_CONSOLE,
+    description="Ingest one day and measure how far it is from the days of the champion.",
 )
 train_job = dg.define_asset_job(
     "train",
@@ -69,4 +75,4 @@ studies_job = dg.define_asset_job(
     tags=run_tags([ADAPTED_ENCODER, LABEL_EFFICIENCY_STUDY, STRATEGIES_STUDY]),
     description="Compare what the training engine can do on a snapshot; takes hours.",
 )
-JOBS = [ingest_job, train_job, full_job, search_job, compress_job, studies_job]
+JOBS = [ingest_job, monitor_job, train_job, full_job, search_job, compress_job, studies_job]

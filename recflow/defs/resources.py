@@ -7,6 +7,8 @@ from types import TracebackType
 import dagster as dg
 
 from recflow.adapters.artifact_store import ArtifactStore
+from recflow.adapters.mlflow_registry import ModelRegistry
+from recflow.adapters.mlflow_tracking import MlflowStore
 from recflow.compression.family import load_family
 from recflow.core.errors import RecflowError
 from recflow.data.sources import open_source
@@ -81,6 +83,18 @@ class BaseModelResource(dg.ConfigurableResource):
         return resolve_base_model(self.name)
 
 
+class RegistryResource(dg.ConfigurableResource):
+    """The registry of models: which one users get."""
+
+    tracking_uri: str
+    experiment_name: str
+    name: str
+
+    def open(self) -> ModelRegistry:
+        """Return the registry; nothing is read or made yet."""
+        return ModelRegistry(MlflowStore(self.tracking_uri, self.experiment_name), self.name)
+
+
 def make_resources() -> dict[str, object]:
     """Build the resources of the deployment described by the settings."""
     from recflow.defs.tracking import mlflow_resource
@@ -89,6 +103,11 @@ def make_resources() -> dict[str, object]:
         "store": StoreResource(root=str(settings.store_dir.absolute())),
         "logs": LogsResource(source=settings.source, directory=str(settings.source_dir.absolute())),
         "base_model": BaseModelResource(name=settings.base_model),
+        "registry": RegistryResource(
+            tracking_uri=settings.mlflow_uri,
+            experiment_name=settings.mlflow_experiment,
+            name=settings.registered_model,
+        ),
         "mlflow": mlflow_resource.configured(
             {
                 "tracking_uri": settings.mlflow_uri,

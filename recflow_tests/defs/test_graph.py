@@ -104,7 +104,7 @@ def test_loading_imports_nothing_heavy() -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.filterwarnings("ignore:Asset job full materializes assets with varying")
+@pytest.mark.filterwarnings("ignore:Asset job (full|monitor) materializes assets with varying")
 def test_jobs_cover_the_lineage() -> None:
     def assets_of(job: str) -> set[dg.AssetKey]:
         return set(defs.resolve_job_def(job).asset_layer.executable_asset_keys)
@@ -112,6 +112,9 @@ def test_jobs_cover_the_lineage() -> None:
     assert assets_of("ingest") | assets_of("train") == assets_of("full")
     assert assets_of("ingest") & assets_of("train") == set()
     beside = assets_of("search") | assets_of("studies") | assets_of("compress")
+    watched = {dg.AssetKey(["monitoring", "drift"])}
+    assert assets_of("monitor") == assets_of("ingest") | watched
+    beside |= watched
     assert assets_of("full") & beside == set()
     assert assets_of("full") | beside == {node.key for node in MADE}
     assert assets_of("compress") == {dg.AssetKey(["models", "compressed"])}
@@ -155,7 +158,7 @@ def test_newest_complete_day_is_a_day_that_ended(now: datetime, day: str | None)
     assert newest_complete_day(daily_partitions(date(2026, 1, 1), None), now) == day
 
 
-@pytest.mark.filterwarnings("ignore:Asset job full materializes assets with varying")
+@pytest.mark.filterwarnings("ignore:Asset job (full|monitor) materializes assets with varying")
 def test_nightly_schedule_requests_one_run_for_the_newest_complete_day() -> None:
     repository = defs.get_repository_def()
     schedule = repository.get_schedule_def("nightly")

@@ -306,7 +306,7 @@ def walk_log(
     )
     from recflow.evaluation.backtest import Judging
     from recflow.evaluation.gate import GateConfig
-    from recflow.quality.drift import DriftConfig
+    from recflow.quality.drift_config import DriftConfig
 
     store = ArtifactStore(work / "store")
     world = StoredWorld(

@@ -85,7 +85,7 @@ from recflow.modeling.ranker import Ranker, load_ranker
 from recflow.modeling.texts import TOKENIZER_NAME, Rows, Vectors
 from recflow.modeling.tracking import NullTracker
 from recflow.modeling.trainer import train_ranker
-from recflow.quality.drift import DriftConfig
+from recflow.quality.drift_config import DriftConfig
 from recflow.quality.evidence import DriftEvidence
 from recflow.quality.trigger import TriggerPolicy, decide
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from recflow.cli_backtest import backtest
+from recflow.cli_promotion import add_promotion_commands
 from recflow.core.errors import RecflowError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Raw logs and pretrained weights.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command()(backtest)
+add_promotion_commands(app)
 
 
 class Carried(StrEnum):

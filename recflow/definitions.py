@@ -14,6 +14,7 @@ from recflow.defs.jobs import JOBS
 from recflow.defs.models import assets as models
 from recflow.defs.monitoring import assets as monitoring
 from recflow.defs.prepare import assets as prepare
+from recflow.defs.promotion import assets as promotion
 from recflow.defs.resources import make_resources, settings
 from recflow.defs.schedules import SCHEDULES
 from recflow.defs.search import assets as search
@@ -23,7 +24,7 @@ from recflow.defs.tracking import tracked_executor, tracking_sensors
 
 STAGES = [
     *(ingest, prepare, features, monitoring, splits, search, models, compression, evaluation),
-    studies,
+    *(promotion, studies),
 ]
 
 # A nightly retraining that succeeded is at most this old.

@@ -31,7 +31,7 @@ from recflow.hardware.catalogue import load_catalogue
 from recflow.settings import ENV_FILE_VARIABLE, ENV_PREFIX, PROJECT_ROOT, Settings, load_settings
 
 INGEST_SELECTION = "group:ingest or group:prepare or group:features"
-TRAIN_SELECTION = "group:splits or group:models or group:evaluation"
+TRAIN_SELECTION = "group:splits or group:models or group:evaluation or group:promotion"
 # Comes with the driver of NVIDIA GPUs.
 _SEES_GPUS = "nvidia-smi"
 _INSTANCE_FILE = PROJECT_ROOT / "docker" / "dagster.yaml"

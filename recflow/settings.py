@@ -195,6 +195,11 @@ class Settings(BaseSettings):
         return self.home / "cache"
 
     @property
+    def champions_dir(self) -> Path:
+        """Where the files of champions are kept; safe to delete."""
+        return self.cache_dir / "champions"
+
+    @property
     def checkpoints_dir(self) -> Path:
         """Where trainings that run keep their state."""
         return self.home / "checkpoints"

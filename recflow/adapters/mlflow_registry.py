@@ -12,11 +12,13 @@ written again, so that the history can be read in MLflow's page too.
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import json
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +28,7 @@ from recflow.adapters.champion import Champion
 from recflow.adapters.mlflow_tracking import MlflowStore
 from recflow.core.artifacts import Artifact, JsonValue, read_artifact
 from recflow.core.errors import ArtifactError, PromotionError
+from recflow.serving.layout import RANKER_FOLDER
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,7 +39,6 @@ CHAMPION: Final = "champion"
 PREVIOUS: Final = "previous_champion"
 # Where the served model keeps the ranker and what belongs to it, inside the MLflow model.
 BUNDLE_PATH: Final = "artifacts/bundle"
-RANKER_FOLDER: Final = "ranker"
 
 _EVENT: Final = "recflow.event."
 _ROLLBACK: Final = "recflow.rollback"
@@ -161,6 +163,13 @@ class Promotion:
     former: str
     changed: bool
 
+    @property
+    def sentence(self) -> str:
+        """The same in words."""
+        before = f"; before, it was version {self.former}" if self.former else ""
+        already = "" if self.changed else " already"
+        return f"The champion is version {self.champion}{already}{before}"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelRegistry:
@@ -215,6 +224,10 @@ class ModelRegistry:
         aliases = {} if model is None else model.aliases
         return {str(alias): str(version) for alias, version in aliases.items()}
 
+    def is_champion(self, version: str) -> bool:
+        """Whether users get this version."""
+        return self.aliases().get(CHAMPION) == version
+
     def version(self, version: str) -> Version:
         """What is known of a version.
 
@@ -258,6 +271,10 @@ class ModelRegistry:
         Raises:
             ArtifactError: The files are not whole, or not those of the announced digest.
         """
+        with self._alone():
+            return self._register(candidate, audit, mlflow_run)
+
+    def _register(self, candidate: Candidate, audit: Audit, mlflow_run: str) -> Version:
         client = self._client()
         bundle = read_artifact(candidate.directory / BUNDLE_PATH)
         require_ranker(bundle, candidate.digest)
@@ -285,7 +302,7 @@ class ModelRegistry:
                 )
         if ("registered", version) not in {(e.action, e.version) for e in self.history()}:
             self._append("registered", version, "", audit, candidate.gate.digest)
-        if self.aliases().get(CHAMPION) != version:
+        if not self.is_champion(version):
             client.set_registered_model_alias(self.name, CANDIDATE, version)
         return self.version(version)
 
@@ -302,6 +319,10 @@ class ModelRegistry:
         Raises:
             PromotionError: The champion is not the one that the gate compared the version with.
         """
+        with self._alone():
+            return self._promote(version, audit)
+
+    def _promote(self, version: str, audit: Audit) -> Promotion:
         client, aliases = self._client(), self.aliases()
         current, described = aliases.get(CHAMPION, ""), self.version(version)
         if current == version:
@@ -329,16 +350,18 @@ class ModelRegistry:
             PromotionError: Nothing waits, another version does, or the champion is not the one
                 that the gate compared the candidate with.
         """
-        waiting = self.aliases().get(CANDIDATE)
-        if waiting is None:
-            raise PromotionError(
-                f"no candidate of {self.name} waits for an approval; materialise promotion/champion"
-            )
-        if version is not None and version != waiting:
-            raise PromotionError(
-                f"version {version} of {self.name} is not the candidate; version {waiting} is"
-            )
-        return self.promote(waiting, audit)
+        with self._alone():
+            waiting = self.aliases().get(CANDIDATE)
+            if waiting is None:
+                raise PromotionError(
+                    f"no candidate of {self.name} waits for an approval; materialise "
+                    "promotion/champion"
+                )
+            if version is not None and version != waiting:
+                raise PromotionError(
+                    f"version {version} of {self.name} is not the candidate; version {waiting} is"
+                )
+            return self._promote(waiting, audit)
 
     def rollback(self, audit: Audit) -> Promotion:
         """Make the previous champion the champion again, and the champion the previous one.
@@ -348,6 +371,10 @@ class ModelRegistry:
         Raises:
             PromotionError: There is nothing to return to.
         """
+        with self._alone():
+            return self._rollback(audit)
+
+    def _rollback(self, audit: Audit) -> Promotion:
         client, aliases = self._client(), self.aliases()
         champion, previous = aliases.get(CHAMPION, ""), aliases.get(PREVIOUS, "")
         begun = self._begun_rollback()
@@ -369,6 +396,22 @@ class ModelRegistry:
         self._append("rolled_back", to, leaving, audit, self.version(to).gate.digest)
         client.delete_registered_model_tag(self.name, _ROLLBACK)
         return Promotion(to, leaving, changed=champion != to)
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """Let no other process of this machine change the registry meanwhile.
+
+        A lock of a file goes with the process that held it, however that ends. There is none for a
+        server: what it was asked is compared with what it says, before each change.
+        """
+        database = self.store.database
+        if database is None:
+            yield
+            return
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with (database.parent / "promotion.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _client(self) -> MlflowClient:
         return self.store.client()

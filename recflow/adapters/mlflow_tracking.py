@@ -37,11 +37,12 @@ _SQLITE = "sqlite:///"
 
 
 def disable_telemetry() -> None:
-    """Keep MLflow from reporting to anyone, in this process and those it starts.
+    """Keep MLflow from reporting to anyone, in this process and those it starts; and from bars.
 
     Takes effect when called before MLflow is imported.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 
 
@@ -77,8 +78,8 @@ class MlflowStore:
         disable_telemetry()
         from mlflow import MlflowClient
 
-        if self._database is not None:
-            self._database.parent.mkdir(parents=True, exist_ok=True)
+        if self.database is not None:
+            self.database.parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(self.tracking_uri)
 
     def create_run(self, name: str, tags: Mapping[str, str]) -> str:
@@ -94,7 +95,8 @@ class MlflowStore:
             client.set_terminated(run_id, status)
 
     @property
-    def _database(self) -> Path | None:
+    def database(self) -> Path | None:
+        """File of a SQLite store; ``None`` for a server."""
         if not self.tracking_uri.startswith(_SQLITE):
             return None
         return Path(self.tracking_uri.removeprefix(_SQLITE).split("?")[0]).absolute()
@@ -105,7 +107,7 @@ class MlflowStore:
         experiment = client.get_experiment_by_name(self.experiment_name)
         if experiment is not None:
             return experiment.experiment_id
-        database = self._database
+        database = self.database
         # Without this, MLflow keeps artifacts below the working directory of whoever comes first.
         artifacts = None if database is None else (database.parent / "artifacts").as_uri()
         try:

@@ -20,6 +20,7 @@ from recflow.adapters.keys import (
     COMPRESSED,
     CONFIGURATION,
     FINE_TUNED,
+    GATE,
     ITEM_VECTORS,
     LABEL_EFFICIENCY_STUDY,
     MEASUREMENTS,
@@ -148,7 +149,7 @@ def _keys(family: Family) -> list[str]:
     return [
         *(FINE_TUNED, CONFIGURATION, ADAPTED_ENCODER, STRATEGIES_STUDY, LABEL_EFFICIENCY_STUDY),
         *(family.key(name) for name in family.variants),
-        *(ITEM_VECTORS, COMPRESSED, PREDICTIONS, MEASUREMENTS),
+        *(ITEM_VECTORS, COMPRESSED, PREDICTIONS, MEASUREMENTS, GATE),
     ]
 
 
@@ -195,6 +196,11 @@ class _Planned:
                 "predictions", {**count, "catalogue_sample": CATALOGUE_SAMPLE}
             ),
             MEASUREMENTS: self.of("measuring every model", [self.measuring(count)]),
+            # The champion, the candidate as it is served, and the candidate as it was judged.
+            GATE: self.of(
+                "scoring with the champion, and asking the served model",
+                [self.step("predictions", self.shape, {"models": 3})],
+            ),
         }
         return {key: found[key] for key in _keys(family)}
 

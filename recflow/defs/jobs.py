@@ -7,6 +7,7 @@ from recflow.adapters.keys import (
     COMPRESSED,
     CONFIGURATION,
     FINE_TUNED,
+    GATE,
     ITEM_VECTORS,
     LABEL_EFFICIENCY_STUDY,
     MEASUREMENTS,
@@ -14,16 +15,17 @@ from recflow.adapters.keys import (
     STRATEGIES_STUDY,
 )
 from recflow.defs.hardware import run_tags
+from recflow.defs.promotion.jobs import PROMOTION_JOBS
 from recflow.defs.resources import family
 
 # One line an event, and no stack trace for mistakes the user can mend.
 _CONSOLE = {"loggers": {"console": {}}}
 INGEST_GROUPS = ("ingest", "prepare", "features")
-TRAIN_GROUPS = ("splits", "models", "evaluation")
+TRAIN_GROUPS = ("splits", "models", "evaluation", "promotion")
 # What the run queue limits runs by: what the most demanding step of the job needs.
 TRAIN_TAGS = run_tags(
     [
-        *(FINE_TUNED, ITEM_VECTORS, PREDICTIONS, MEASUREMENTS),
+        *(FINE_TUNED, ITEM_VECTORS, PREDICTIONS, MEASUREMENTS, GATE),
         *(family.key(name) for name in family.variants),
     ]
 )
@@ -45,7 +47,7 @@ train_job = dg.define_asset_job(
     selection=dg.AssetSelection.groups(*TRAIN_GROUPS),
     config=_CONSOLE,
     tags=TRAIN_TAGS,
-    description="Split, train, compress and evaluate the snapshot that ends with the day.",
+    description="Split, train, compress and evaluate the snapshot that ends with the day; promote.",
 )
 full_job = dg.define_asset_job(
     "full",
@@ -75,4 +77,7 @@ studies_job = dg.define_asset_job(
     tags=run_tags([ADAPTED_ENCODER, LABEL_EFFICIENCY_STUDY, STRATEGIES_STUDY]),
     description="Compare what the training engine can do on a snapshot; takes hours.",
 )
-JOBS = [ingest_job, monitor_job, train_job, full_job, search_job, compress_job, studies_job]
+JOBS = [
+    *(ingest_job, monitor_job, train_job, full_job, search_job, compress_job, studies_job),
+    *PROMOTION_JOBS,
+]

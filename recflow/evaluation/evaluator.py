@@ -141,10 +141,12 @@ class Comparison:
     Attributes:
         other: The scorer compared with.
         differences: This scorer's metric less the other's, by metric.
+        segments: The same of the primary metric, by name of the segment.
     """
 
     other: str
     differences: dict[str, Estimate]
+    segments: dict[str, Estimate] = field(default_factory=lambda: {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,7 +518,11 @@ def _result(
             for metric in measured.sums
             if resampled.has(other, metric)
         }
-        return Comparison(other, differences)
+        segments = {
+            segment.name: resampled.difference(name, other, _segment_key(segment))
+            for segment in test.segments
+        }
+        return Comparison(other, differences, segments)
 
     metrics = {metric: resampled.estimate(name, metric) for metric in measured.sums}
     metrics |= {metric: Estimate(value) for metric, value in measured.fixed.items()}

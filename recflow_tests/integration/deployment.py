@@ -19,7 +19,7 @@ from recflow.settings import PROJECT_ROOT
 SAMPLE = PROJECT_ROOT / "data" / "sample"
 FIRST_DAY, LAST_DAY = date(2024, 1, 1), date(2024, 1, 14)
 INGEST = "group:ingest or group:prepare or group:features"
-TRAIN = "group:splits or group:models or group:evaluation"
+TRAIN = "group:splits or group:models or group:evaluation or group:promotion"
 
 # Enough to run every line, not enough to learn much.
 QUICK: dict[str, Any] = {

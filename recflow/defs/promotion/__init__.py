@@ -1,0 +1,1 @@
+"""The gate that candidates pass, and the champion that users get."""

@@ -1,0 +1,1 @@
+"""Answering requests: a model with all it needs to be asked, and the answers."""

@@ -4,8 +4,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from datetime import date, timedelta
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -16,6 +18,7 @@ from recflow.adapters.backtest import (
     MODELS,
     SCORES,
     Contest,
+    JudgeAsPromoted,
     Log,
     RetrainOnDrift,
     StoredWorld,
@@ -31,6 +34,7 @@ from recflow.data.sources.simulated import SimulatedSource, SimulationConfig, si
 from recflow.data.sources.simulation import ColdUsers, TopicSurge
 from recflow.data.split import SplitConfig
 from recflow.evaluation.backtest import Backtest, Judging, Trained, Verdict
+from recflow.evaluation.gate import GateConfig
 from recflow.evaluation.metrics import ranking_metrics
 from recflow.evaluation.slates import flatten, offsets_of
 from recflow.modeling.ranker import load_ranker
@@ -250,6 +254,44 @@ def test_the_gate_sees_both_models_on_the_snapshots_test_day(
     assert contest.candidate.list.len().equals(slates)
     assert contest.champion.list.len().equals(slates)
     assert not contest.candidate.equals(contest.champion)
+
+
+def contest_on(world: StoredWorld, **changes: Any) -> Contest:
+    """The model of the day after the surge against the first one, on the last day before it."""
+    seen: list[Contest] = []
+
+    def gate(contest: Contest) -> Verdict:
+        seen.append(contest)
+        return Verdict(True)
+
+    world._gate = gate
+    world.admit(world.train(DAYS[6]), world.train(DAYS[2]), DAYS[6])
+    return replace(seen[0], **changes)
+
+
+def test_a_better_candidate_passes_productions_gate(whole: tuple[Path, Backtest]) -> None:
+    contest = contest_on(world_in(whole[0]))
+    verdict = JudgeAsPromoted(GateConfig())(contest)
+    assert verdict.admitted, verdict.reason
+    assert "against the champion; a loss of 0.002 is excluded" in verdict.reason
+
+
+def test_a_worse_candidate_is_rejected_with_every_reason(whole: tuple[Path, Backtest]) -> None:
+    contest = contest_on(world_in(whole[0]))
+    turned = contest.candidate.list.eval(-pl.element())
+    verdict = JudgeAsPromoted(GateConfig())(replace(contest, candidate=turned))
+    assert not verdict.admitted
+    assert "a loss of 0.002 cannot be excluded" in verdict.reason
+    assert "served" not in verdict.reason
+
+
+def test_a_champion_that_has_seen_the_test_days_is_no_judge(whole: tuple[Path, Backtest]) -> None:
+    world = world_in(whole[0])
+    known = replace(world.train(DAYS[2]), learned_until=datetime(2024, 1, 7, 1, tzinfo=UTC))
+    contest = contest_on(world, champion_of=known)
+    verdict = JudgeAsPromoted(GateConfig())(contest)
+    assert not verdict.admitted
+    assert "it would be asked what it has been told" in verdict.reason
 
 
 def test_equal_encoders_are_kept_once(whole: tuple[Path, Backtest]) -> None:

@@ -120,6 +120,21 @@ class Contest:
     champion_of: Trained
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was found out about a day.
+
+    Attributes:
+        evidence: Its drift.
+        seconds: Wall time of measuring that.
+        cpu_seconds: Processor time of measuring that.
+    """
+
+    evidence: DriftEvidence
+    seconds: float
+    cpu_seconds: float
+
+
 class Gate(Protocol):
     """Decides whether a candidate may take the champion's place."""
 
@@ -401,15 +416,19 @@ class StoredWorld:
         ).with_columns(_metrics(impressions, self._scores(model.snapshot, day)))
         return table.filter("today").select(Columns.USER_ID, *METRICS)
 
-    def look(self, model: Trained, day: date, measure: MeasureDrift) -> tuple[DriftEvidence, float]:
-        """The drift of a day against a model, and the seconds it took to measure when it was."""
+    def look(self, model: Trained, day: date, measure: MeasureDrift) -> Look:
+        """The drift of a day against a model, measured unless it is stored."""
 
         def build(draft: Draft) -> None:
             self._tell(f"measuring the drift of {day} against the model of {model.snapshot}")
-            began = time.monotonic()
+            began, cpu_began = time.monotonic(), time.process_time()
             found = measure(day, self.champion(model))
-            seconds = time.monotonic() - began
-            draft.facts |= {**found.to_facts(), "report": found.digest, "seconds": seconds}
+            draft.facts |= {
+                **found.to_facts(),
+                "report": found.digest,
+                "seconds": time.monotonic() - began,
+                "cpu_seconds": time.process_time() - cpu_began,
+            }
 
         artifact = self._store.build(
             LOOKS,
@@ -423,7 +442,11 @@ class StoredWorld:
             config=measure.identity,
         )
         facts = artifact.facts
-        return DriftEvidence.from_facts(day, str(facts["report"]), facts), _number(facts["seconds"])
+        return Look(
+            evidence=DriftEvidence.from_facts(day, str(facts["report"]), facts),
+            seconds=_number(facts["seconds"]),
+            cpu_seconds=_number(facts["cpu_seconds"]),
+        )
 
     def admit(self, candidate: Trained, champion: Trained, day: date) -> Verdict:
         """Let the gate compare a candidate with the champion on the snapshot's test days."""
@@ -631,10 +654,10 @@ class RetrainOnDrift:
 
     def decide(self, day: date, champion: Trained, last_trained: date) -> Choice:
         """Measure the drift of the day against the champion, and ask the trigger."""
-        found, seconds = self._world.look(champion, day, self._measure)
-        self.evidence.append(found)
+        look = self._world.look(champion, day, self._measure)
+        self.evidence.append(look.evidence)
         decision = decide(self.evidence, self._trigger, last_retrained=last_trained)
-        return Choice(decision.retrain, decision.reason, seconds)
+        return Choice(decision.retrain, decision.reason, look.seconds, look.cpu_seconds)
 
 
 def _metrics(impressions: pl.DataFrame, scores: pl.Series) -> list[pl.Series]:

@@ -61,11 +61,13 @@ class Choice:
         retrain: Whether to train on the snapshot that ends with the day.
         reason: Why, or why not.
         seconds: Wall time that looking at the day took.
+        cpu_seconds: Processor time that it took.
     """
 
     retrain: bool
     reason: str
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +216,14 @@ class Walk:
         served: Every day, in order.
         trainings: Every training, in order.
         looking_seconds: Wall time spent on looking at the days.
+        looking_cpu_seconds: Processor time spent on that.
     """
 
     policy: str
     served: tuple[Served, ...]
     trainings: tuple[Retraining, ...]
     looking_seconds: float
+    looking_cpu_seconds: float
 
 
 def walk(
@@ -247,7 +251,7 @@ def walk(
     champion, last_trained = first, first.snapshot
     served: list[Served] = []
     trainings: list[Retraining] = []
-    looking = 0.0
+    looking = looking_cpu = 0.0
     for day in days:
         require_unseen(champion, day)
         served.append(Served(day, champion.snapshot, world.quality(champion, day)))
@@ -255,6 +259,7 @@ def walk(
             break
         choice = policy.decide(day, champion, last_trained)
         looking += choice.seconds
+        looking_cpu += choice.cpu_seconds
         if not choice.retrain:
             continue
         candidate = world.train(day)
@@ -274,7 +279,7 @@ def walk(
             tell(f"{policy.name}: {day} {'deployed' if verdict.admitted else 'rejected'}")
         if verdict.admitted:
             champion = candidate
-    return Walk(policy.name, tuple(served), tuple(trainings), looking)
+    return Walk(policy.name, tuple(served), tuple(trainings), looking, looking_cpu)
 
 
 def require_unseen(model: Trained, day: date) -> None:
@@ -324,6 +329,7 @@ class PolicyResult:
         cpu_seconds: Processor time of all trainings.
         usd: Price of the wall time of all trainings.
         looking_seconds: Wall time spent on looking at the days.
+        looking_cpu_seconds: Processor time spent on that.
         days: Every day.
     """
 
@@ -337,6 +343,7 @@ class PolicyResult:
     cpu_seconds: float
     usd: float
     looking_seconds: float
+    looking_cpu_seconds: float
     days: tuple[DayResult, ...]
 
     @property
@@ -459,6 +466,7 @@ def compare(
             cpu_seconds=sum(t.cpu_seconds for t in one.trainings),
             usd=seconds / 3_600 * judging.usd_per_hour,
             looking_seconds=one.looking_seconds,
+            looking_cpu_seconds=one.looking_cpu_seconds,
             days=tuple(
                 DayResult(
                     day=served.day,

@@ -85,7 +85,8 @@ def backtest_html(results: Sequence[Backtest], context: BacktestContext) -> str:
 def backtest_table(result: Backtest) -> str:
     """One row a policy; no trailing newline."""
     rows = [["policy", "AUC", "nDCG@10", "AUC gained", "of nightly's", "runs", "rejected",
-             "training s", "CPU s", "USD", "looking s"]]  # fmt: skip
+             "training s", "CPU s", "USD",
+             "looking CPU s"]]  # fmt: skip
     for policy in result.policies:
         gain, kept = policy.gain.get("auc"), policy.kept.get("auc")
         rows.append(
@@ -100,7 +101,7 @@ def backtest_table(result: Backtest) -> str:
                 f"{policy.seconds:.0f}",
                 f"{policy.cpu_seconds:.0f}",
                 f"{policy.usd:.4f}",
-                f"{policy.looking_seconds:.0f}",
+                f"{policy.looking_cpu_seconds:.0f}",
             ]
         )
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
@@ -176,6 +177,7 @@ def _policy(policy: PolicyResult, result: Backtest) -> Json:
         "training_cpu_seconds": _rounded(policy.cpu_seconds),
         "training_usd": _rounded(policy.usd),
         "looking_seconds": _rounded(policy.looking_seconds),
+        "looking_cpu_seconds": _rounded(policy.looking_cpu_seconds),
         "trainings": [
             {
                 **asdict(training),

@@ -63,7 +63,7 @@ class Scripted:
 
     def decide(self, day: date, champion: Trained, last_trained: date) -> Choice:
         self.told.append((day.day, champion.snapshot.day, last_trained.day))
-        return Choice(day in self.on, "scripted", seconds=0.5)
+        return Choice(day in self.on, "scripted", seconds=0.5, cpu_seconds=0.25)
 
 
 def walked(policy, world=None) -> Walk:
@@ -87,7 +87,7 @@ def test_nothing_is_decided_after_the_last_day():
     result = walked(policy)
     assert [day for day, _, _ in policy.told] == [8, 9, 10, 11]
     assert result.trainings == ()
-    assert result.looking_seconds == 4 * 0.5
+    assert (result.looking_seconds, result.looking_cpu_seconds) == (4 * 0.5, 4 * 0.25)
 
 
 def test_a_rejected_model_is_charged_and_not_deployed():

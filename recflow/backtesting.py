@@ -388,8 +388,9 @@ def _context(command: str, options: BacktestOptions) -> BacktestContext:
             "of the user model).",
             f"The policy drift retrains when {trigger.days_needed} of {trigger.days_looked_at} "
             f"days are beyond a limit{', or the champion ranks worse' * trigger.decay_at_once}, "
-            f"with {trigger.cooldown_days} days between snapshots: the values of the deployed "
-            "sensor. They were not chosen on the days reported here.",
+            f"then until a snapshot ends {trigger.settle_days} days after the drift began, with "
+            f"{trigger.cooldown_days} days between snapshots: the trigger of the deployed sensor. "
+            "Its values were not chosen on the logs reported here.",
             "The policy evenly_spaced trains as often as drift did, by the calendar; how often "
             "that is, it could not have known before.",
         ),

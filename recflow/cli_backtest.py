@@ -35,6 +35,9 @@ def backtest(
     cooldown_days: Annotated[
         int | None, typer.Option(help="Days between the snapshots of two retrainings.")
     ] = None,
+    settle_days: Annotated[
+        int | None, typer.Option(help="Days after a drift's first until a snapshot has settled.")
+    ] = None,
     base_model: Annotated[
         Path | None, typer.Option(help="Folder of the pretrained encoder; MiniLM is fetched.")
     ] = None,
@@ -70,6 +73,7 @@ def backtest(
                     ("days_needed", days_needed),
                     ("days_looked_at", days_looked_at),
                     ("cooldown_days", cooldown_days),
+                    ("settle_days", settle_days),
                 )
                 if value is not None
             },

@@ -15,6 +15,7 @@ import typer
 from recflow.cli_backtest import backtest
 from recflow.cli_promotion import add_promotion_commands
 from recflow.core.errors import RecflowError
+from recflow.loop_cli import app as loop_app
 
 app = typer.Typer(
     help="A text-based recommender from raw click logs to an evaluated, affordable model.",
@@ -25,6 +26,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Raw logs and pretrained weights.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command()(backtest)
+app.add_typer(loop_app, name="loop")
 add_promotion_commands(app)
 
 

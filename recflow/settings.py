@@ -11,6 +11,7 @@ import os
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -19,11 +20,24 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from recflow.compression.family import DEFAULT_FAMILY, load_family
 from recflow.core.errors import ConfigError
 from recflow.hardware.catalogue import load_catalogue
+from recflow.quality.trigger import TriggerPolicy
 
 ENV_PREFIX = "RECFLOW_"
 ENV_FILE_VARIABLE = "RECFLOW_ENV_FILE"
 DEFAULT_ENV_FILE = ".env"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+# Settings whose values no message shows.
+_SECRETS = {"alert_webhook"}
+
+
+def _is_web_address(text: str) -> bool:
+    try:
+        address = urlsplit(text)
+        host = address.hostname
+        _ = address.port
+    except ValueError:
+        return False
+    return address.scheme in ("http", "https") and bool(host) and text.isprintable()
 
 
 def _usable_processors() -> int:
@@ -102,8 +116,30 @@ class Settings(BaseSettings):
         "`recflow approve`",
     )
     timezone: str = Field("UTC", description="IANA time zone of the nightly schedule")
-    nightly_hour: int = Field(3, ge=0, le=23, description="Hour the nightly schedule runs at")
-    nightly_minute: int = Field(0, ge=0, le=59, description="Minute the nightly schedule runs at")
+    nightly_hour: int = Field(3, ge=0, le=23, description="Hour the daily schedules run at")
+    nightly_minute: int = Field(0, ge=0, le=59, description="Minute the daily schedules run at")
+    retrain_days_needed: int = Field(
+        2, ge=1, description="Days beyond a limit of drift that retraining needs"
+    )
+    retrain_days_looked_at: int = Field(
+        3, ge=1, le=30, description="Newest days with a drift report that these are counted among"
+    )
+    retrain_cooldown_days: int = Field(
+        2, ge=0, description="Days that must lie between the snapshots of two retrainings"
+    )
+    retrain_settle_days: int = Field(
+        7,
+        ge=0,
+        description="Once a drift led to a retraining, retrain until a snapshot ends so many days "
+        "after its first day; 0 for never",
+    )
+    retrain_decay_at_once: bool = Field(
+        True, description="Whether one day is enough where the champion ranks significantly worse"
+    )
+    alert_webhook: str = Field(
+        "", repr=False, description="URL that failures are posted to; a secret. Empty: only logged"
+    )
+    web_url: str = Field("", description="Address of Dagster's web UI, for links in alerts")
 
     @field_validator("base_model", mode="before")
     @classmethod
@@ -116,6 +152,13 @@ class Settings(BaseSettings):
     def _existing_file(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_file():
             raise ValueError("allowed: an existing file")
+        return value
+
+    @field_validator("alert_webhook", "web_url")
+    @classmethod
+    def _web_address(cls, value: str) -> str:
+        if value and not _is_web_address(value):
+            raise ValueError("allowed: an address that begins with http:// or https://")
         return value
 
     @field_validator("timezone")
@@ -170,6 +213,27 @@ class Settings(BaseSettings):
                 "allowed: validation_days + test_days < window_days"
             )
         return self
+
+    @model_validator(mode="after")
+    def _days_are_looked_at(self) -> Settings:
+        if self.retrain_days_needed > self.retrain_days_looked_at:
+            raise ValueError(
+                f"{ENV_PREFIX}RETRAIN_DAYS_NEEDED = {self.retrain_days_needed} is not allowed: no "
+                f"more days are looked at than {ENV_PREFIX}RETRAIN_DAYS_LOOKED_AT = "
+                f"{self.retrain_days_looked_at}; allowed: at most as many"
+            )
+        return self
+
+    @property
+    def trigger_policy(self) -> TriggerPolicy:
+        """When drift retrains."""
+        return TriggerPolicy(
+            days_needed=self.retrain_days_needed,
+            days_looked_at=self.retrain_days_looked_at,
+            cooldown_days=self.retrain_cooldown_days,
+            decay_at_once=self.retrain_decay_at_once,
+            settle_days=self.retrain_settle_days,
+        )
 
     @property
     def device_names(self) -> tuple[str, ...]:
@@ -270,7 +334,8 @@ def _sentence(error: ValidationError) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         if name:
             key = ENV_PREFIX + name.upper()
-            parts.append(f"{key} = {problem['input']!r} is not allowed: {message}")
+            value = "(not shown)" if name in _SECRETS else repr(problem["input"])
+            parts.append(f"{key} = {value} is not allowed: {message}")
         else:
             parts.append(message)
     return "; ".join(parts)

@@ -52,6 +52,7 @@ from recflow.evaluation.evaluator import Evaluation, EvaluationConfig, evaluate
 from recflow.evaluation.report import ReportContext, report_html, report_json, result_table
 from recflow.evaluation.report.context import FamilyMember
 from recflow.evaluation.scoring import Predictions, Scorer, Snapshot, predict
+from recflow.modeling.memory import release_memory
 from recflow.modeling.ranker import frozen_item_vectors, load_ranker
 
 # Counters that a nightly job and a stream processor would have: a day old, and ten minutes old.
@@ -110,6 +111,7 @@ def build_predictions(
                 scorer, data, catalogue_sample=config.catalogue_sample, seed=config.seed
             )
             predictions.save(draft.path / scorer.name)
+            release_memory()
         draft.facts["scorers"] = [*sorted(path.name for path in draft.path.iterdir())]
 
     return store.build(

@@ -29,7 +29,7 @@ from recflow.adapters.mlflow_registry import (
     Promotion,
 )
 from recflow.adapters.models import open_models, require_made_from
-from recflow.adapters.pyfunc import NEW_ITEMS, SCORES, import_pyfunc, save_pyfunc
+from recflow.adapters.pyfunc import NEW_ITEMS, SCORES, load_pyfunc, save_pyfunc
 from recflow.adapters.snapshots import load_snapshot
 from recflow.compression.family import Family
 from recflow.core.artifacts import Artifact, Draft, JsonValue, build_artifact
@@ -341,9 +341,9 @@ def check_parity(
         judged: The scores that were judged.
         scoring: Which impressions, and with how many threads.
     """
+    loaded = load_pyfunc(served)
     from mlflow.pyfunc.scoring_server import invocations
 
-    loaded = import_pyfunc().load_model(str(served))
     schema = loaded.metadata.get_input_schema()
     drawn = _sample(data.test, scoring)
     ranker = load_ranker(model.path, threads=scoring.threads)

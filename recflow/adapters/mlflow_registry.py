@@ -496,6 +496,8 @@ class ModelRegistry:
 
     def _download(self, version: ModelVersion, target: Path) -> None:
         """Copy the bundle of a version to ``target``; readers see all of it or nothing."""
+        from mlflow.exceptions import MlflowException
+
         folder = version.tags.get(f"{_TAG}artifact_path")
         if folder is None or version.run_id is None:
             raise ArtifactError(
@@ -510,7 +512,7 @@ class ModelRegistry:
             )
             shutil.rmtree(target, ignore_errors=True)
             Path(fetched).rename(target)
-        except OSError as error:
+        except (OSError, MlflowException) as error:
             raise ArtifactError(
                 f"the files of version {version.version} of {self.name} cannot be read from "
                 f"{version.source}: {error}"
@@ -588,4 +590,5 @@ def _tags_of(candidate: Candidate, bundle: Artifact, audit: Audit) -> dict[str, 
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+    # MLflow allows no plus in the name of a tag.
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -23,6 +23,7 @@ from recflow.core.artifacts import (
 )
 from recflow.core.errors import ArtifactError
 from recflow.modeling.config import TrainingConfig
+from recflow.modeling.memory import release_memory
 from recflow.modeling.reports import TrainingReport
 from recflow.modeling.tracking import Tracker
 from recflow.modeling.trainer import train_ranker
@@ -234,6 +235,8 @@ def _build(
         # The report holds timings; as facts they stay out of the digest, so that the same inputs
         # give the same digest however fast the machine was.
         draft.facts |= cast("dict[str, JsonValue]", asdict(make(draft)))
+        # Where one process makes the whole family, each step would find the holes of all before it.
+        release_memory()
 
     artifact = store.build(
         key,

@@ -8,8 +8,10 @@ columns ``scores``, aligned with the candidates, ``ranking`` (ids, best first) a
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -53,6 +55,18 @@ def import_pyfunc() -> Any:
         import mlflow.pyfunc
 
     return mlflow.pyfunc
+
+
+@contextmanager
+def _without_news() -> Generator[None]:
+    """Keep MLflow from announcing in the console that it looks at the example."""
+    logger = logging.getLogger("mlflow.pyfunc")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def save_pyfunc(
@@ -99,15 +113,21 @@ def save_pyfunc(
             ]
         ),
     )
-    mlflow_pyfunc.save_model(
-        path=str(output),
-        python_model=str(_CODE),
-        artifacts={BUNDLE: str(bundle)},
-        signature=signature,
-        input_example=pd.DataFrame([dict(example)]),
-        pip_requirements=requirements(),
-        model_config={THREADS: threads} if threads else None,
-    )
+    with _without_news():
+        mlflow_pyfunc.save_model(
+            path=str(output),
+            python_model=str(_CODE),
+            artifacts={BUNDLE: str(bundle)},
+            signature=signature,
+            input_example=pd.DataFrame([dict(example)]),
+            pip_requirements=requirements(),
+            model_config={THREADS: threads} if threads else None,
+        )
+
+
+def load_pyfunc(model: Path) -> Any:
+    """Load a stored MLflow model, as its server does."""
+    return import_pyfunc().load_model(str(model))
 
 
 def requirements() -> list[str]:

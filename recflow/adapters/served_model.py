@@ -5,7 +5,7 @@ file is not imported, it is named (see :mod:`recflow.adapters.pyfunc`).
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from mlflow.exceptions import MlflowException
@@ -25,10 +25,10 @@ class RecommendationModel(PythonModel):
         threads = (context.model_config or {}).get(THREADS)
         self._ranker = ServedRanker.load(Path(context.artifacts[BUNDLE]), threads=threads)
 
-    # Without type hints: MLflow takes them for a schema, and the signature says more.
-    def predict(self, context, model_input, params=None):  # noqa: ARG002  # pyright: ignore[reportIncompatibleMethodOverride]
+    # MLflow takes other type hints for a schema; the signature says more.
+    def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> Any:  # noqa: ARG002
         """One row of scores, ranking and click probabilities for each row of the input."""
-        rows = model_input.to_dict(orient="records")
+        rows = cast("list[dict[str, Any]]", model_input.to_dict(orient="records"))
         try:
             answers = [answer(self._ranker.recommend(request_of(row))) for row in rows]
         except RecflowError as error:

@@ -13,7 +13,11 @@ import dagster as dg
 
 from recflow.core import errors
 
-_EXPECTED = {name for name, value in vars(errors).items() if isinstance(value, type)}
+_EXPECTED = {
+    *(name for name, value in vars(errors).items() if isinstance(value, type)),
+    # What failed is said by the check; where Dagster noticed helps nobody.
+    "DagsterAssetCheckFailedError",
+}
 _SHOWN_EVENTS = {
     dg.DagsterEventType.STEP_START: "started",
     dg.DagsterEventType.STEP_SUCCESS: "finished",
@@ -104,6 +108,15 @@ def cause_of(error: Any) -> str:
         # Recorded as "module.Class: sentence"; the sentence is what helps.
         return str(root.message).split(": ", 1)[-1].strip()
     return str(error.to_string())
+
+
+def sentence_of(error: Any) -> str:
+    """Kind and message of what was raised, without what Dagster wraps it in, and without stack."""
+    if error is None:
+        return "no error was recorded"
+    while error.cause is not None and str(error.cls_name).startswith("Dagster"):
+        error = error.cause
+    return str(error.message).strip().removeprefix(f"{errors.__name__}.")
 
 
 def _subject(step_key: str) -> str:

@@ -1,4 +1,4 @@
-"""Jobs people start by name: ingest a day, watch it, train a snapshot, or all of it."""
+"""Jobs started by name: ingest or monitor a day, train a snapshot, or all of it; search, study."""
 
 import dagster as dg
 
@@ -15,6 +15,8 @@ from recflow.adapters.keys import (
     STRATEGIES_STUDY,
 )
 from recflow.defs.hardware import run_tags
+from recflow.defs.monitoring.training_runs import SNAPSHOT_TAG
+from recflow.defs.partitions import DAILY
 from recflow.defs.promotion.jobs import PROMOTION_JOBS
 from recflow.defs.resources import family
 
@@ -28,6 +30,12 @@ TRAIN_TAGS = run_tags(
         *(FINE_TUNED, ITEM_VECTORS, PREDICTIONS, MEASUREMENTS, GATE),
         *(family.key(name) for name in family.variants),
     ]
+)
+# However such a run is started, its tag lets the run queue start one at a time for a snapshot.
+_TRAINING = dg.PartitionedConfig(
+    partitions_def=DAILY,
+    run_config_for_partition_key_fn=lambda _: _CONSOLE,
+    tags_for_partition_key_fn=lambda day: {SNAPSHOT_TAG: day},
 )
 
 ingest_job = dg.define_asset_job(
@@ -45,16 +53,23 @@ monitor_job = dg.define_asset_job(
 train_job = dg.define_asset_job(
     "train",
     selection=dg.AssetSelection.groups(*TRAIN_GROUPS),
-    config=_CONSOLE,
+    config=_TRAINING,
     tags=TRAIN_TAGS,
     description="Split, train, compress and evaluate the snapshot that ends with the day; promote.",
 )
 full_job = dg.define_asset_job(
     "full",
     selection=dg.AssetSelection.groups(*INGEST_GROUPS, *TRAIN_GROUPS),
-    config=_CONSOLE,
+    config=_TRAINING,
     tags=TRAIN_TAGS,
     description="Everything for one day: ingest it, then train the snapshot that ends with it.",
+)
+retrain_job = dg.define_asset_job(
+    "retrain",
+    selection=dg.AssetSelection.groups(*TRAIN_GROUPS),
+    config=_TRAINING,
+    tags=TRAIN_TAGS,
+    description="What the sensor retrain_on_drift launches: as train, for days that are ingested.",
 )
 search_job = dg.define_asset_job(
     "search",
@@ -78,6 +93,7 @@ studies_job = dg.define_asset_job(
     description="Compare what the training engine can do on a snapshot; takes hours.",
 )
 JOBS = [
-    *(ingest_job, monitor_job, train_job, full_job, search_job, compress_job, studies_job),
+    *(ingest_job, monitor_job, train_job, full_job, retrain_job),
+    *(search_job, compress_job, studies_job),
     *PROMOTION_JOBS,
 ]

@@ -44,6 +44,8 @@ class GateConfig:
         seed: Seed of the draws.
         max_segment_loss: Largest loss of the metric in a segment.
         min_segment_impressions: Impressions below which a segment is not judged.
+        min_baseline_lead: Least lead of the first champion over every content-only baseline that
+            must be beyond doubt.
         max_p99_ms: Limit of the 99th percentile of the latency of one text; ``None`` for none.
         max_memory_mib: Limit of the peak memory of a process that uses the model.
         max_megabytes: Limit of the size of everything that serving reads, in 10^6 bytes.
@@ -60,6 +62,7 @@ class GateConfig:
     seed: int = 0
     max_segment_loss: float = 0.02
     min_segment_impressions: int = 200
+    min_baseline_lead: float = 0.0
     max_p99_ms: float | None = None
     max_memory_mib: float | None = None
     max_megabytes: float | None = None
@@ -75,6 +78,10 @@ class GateConfig:
         if self.min_segment_impressions < 1:
             raise ConfigError.of(
                 "min_segment_impressions", self.min_segment_impressions, "1 or more"
+            )
+        if not -1 <= self.min_baseline_lead < 1:
+            raise ConfigError.of(
+                "min_baseline_lead", self.min_baseline_lead, "a difference of the metric, -1 to 1"
             )
         for name in ("max_p99_ms", "max_memory_mib", "max_megabytes", "max_usd_per_million"):
             value = cast("float | None", getattr(self, name))
@@ -417,15 +424,18 @@ def _against_baselines(evidence: Evidence, config: GateConfig) -> list[Requireme
     found: list[Requirement] = []
     for name in evidence.baselines:
         difference = evidence.evaluation.pairs[evidence.candidate, name].difference
-        low = _low(difference)
+        low, least = _low(difference), config.min_baseline_lead
+        better = low > least
+        more = f" by more than {least:+g}" if least else ""
         found.append(
             Requirement(
                 f"beats:{name}",
-                "passed" if low > 0 else "failed",
+                "passed" if better else "failed",
                 low,
-                0.0,
+                least,
                 f"{label} {_with_interval(difference)} against {name}, a baseline that nobody has "
-                f"to train; {'better' if low > 0 else 'not better beyond doubt'}",
+                f"to train; {'better' if better else 'not better'}{more}"
+                f"{'' if better else ' beyond doubt'}",
             )
         )
     return found

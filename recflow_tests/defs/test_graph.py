@@ -104,13 +104,16 @@ def test_loading_imports_nothing_heavy() -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.filterwarnings("ignore:Asset job (full|monitor) materializes assets with varying")
+@pytest.mark.filterwarnings("ignore:Asset job .* materializes assets with varying")
 def test_jobs_cover_the_lineage() -> None:
     def assets_of(job: str) -> set[dg.AssetKey]:
         return set(defs.resolve_job_def(job).asset_layer.executable_asset_keys)
 
     assert assets_of("ingest") | assets_of("train") == assets_of("full")
     assert assets_of("ingest") & assets_of("train") == set()
+    assert assets_of("retrain") == assets_of("train")
+    assert assets_of("ingest") <= assets_of("monitor")
+    assert assets_of("monitor") & assets_of("train") == set()
     beside = assets_of("search") | assets_of("studies") | assets_of("compress")
     watched = {dg.AssetKey(["monitoring", "drift"])}
     assert assets_of("monitor") == assets_of("ingest") | watched
@@ -158,12 +161,12 @@ def test_newest_complete_day_is_a_day_that_ended(now: datetime, day: str | None)
     assert newest_complete_day(daily_partitions(date(2026, 1, 1), None), now) == day
 
 
-@pytest.mark.filterwarnings("ignore:Asset job (full|monitor) materializes assets with varying")
-def test_nightly_schedule_requests_one_run_for_the_newest_complete_day() -> None:
+@pytest.mark.filterwarnings("ignore:Asset job .* materializes assets with varying")
+def test_nightly_schedule_requests_one_run_for_the_newest_complete_day(tmp_path: Path) -> None:
     repository = defs.get_repository_def()
     schedule = repository.get_schedule_def("nightly")
     assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
-    with dg.DagsterInstance.ephemeral() as instance:
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         context = dg.build_schedule_context(
             instance=instance,
             repository_def=repository,

@@ -54,12 +54,12 @@ from recflow.modeling.config import TrainingConfig, with_values
 from recflow.modeling.search_space import Choices, Range
 from recflow.settings import PROJECT_ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore:Asset job full materializes assets with varying")
+pytestmark = pytest.mark.filterwarnings("ignore:Asset job .* materializes assets with varying")
 
 CATALOGUE = load_catalogue()
 FAMILY = load_family()
 GRAPH = defs.resolve_asset_graph()
-MODEL_GROUPS = {"models", "search", "studies", "compression", "evaluation"}
+MODEL_GROUPS = {"models", "search", "studies", "compression", "evaluation", "promotion"}
 GPU = "nvidia.com/gpu"
 TAGS = {GPU_TYPE, GPU_MEMORY, GPU_COUNT, HOST_MEMORY}
 ON_PROCESSORS = [
@@ -171,8 +171,8 @@ def test_every_form_of_a_need_agrees_for_every_model_asset() -> None:
         for node in map(GRAPH.get, GRAPH.get_all_asset_keys())
         if node.is_materializable and node.group_name in MODEL_GROUPS
     }
-    # The report is text and pictures.
-    assert heavy - set(NEEDS) == {"evaluation/report"}
+    # The report is text and pictures; promoting copies files.
+    assert heavy - set(NEEDS) == {"evaluation/report", "promotion/champion"}
     assert set(NEEDS) <= heavy
     assert_all_forms_agree(defs, NEEDS)
 
@@ -184,18 +184,18 @@ def test_they_agree_where_gpus_are_chosen_too(base_model: str) -> None:
     assert_all_forms_agree(definitions_of(needs), needs)
 
 
-def test_jobs_and_the_schedule_tag_their_runs_with_what_their_steps_need() -> None:
+def test_jobs_and_the_schedule_tag_their_runs_with_what_their_steps_need(tmp_path: Path) -> None:
     repository = defs.get_repository_def()
-    for job in ("ingest", "train", "full", "search", "compress", "studies"):
+    for job in ("ingest", "monitor", "train", "full", "retrain", "search", "compress", "studies"):
         definition = defs.resolve_job_def(job)
         made = [key.to_user_string() for key in definition.asset_layer.executable_asset_keys]
         needed = [NEEDS[key].requirement for key in made if key in NEEDS]
         expected = run_tags_of(need for need in needed if need is not None)
         tags = {key: value for key, value in definition.tags.items() if key in TAGS}
         assert tags == expected, job
-        assert bool(expected) == (job != "ingest")
+        assert bool(expected) == (job not in ("ingest", "monitor"))
     schedule = repository.get_schedule_def("nightly")
-    with dg.DagsterInstance.ephemeral() as instance:
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         context = dg.build_schedule_context(
             instance=instance,
             repository_def=repository,

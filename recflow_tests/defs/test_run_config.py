@@ -33,7 +33,7 @@ from recflow.modeling.adaptation_config import AdaptationConfig
 from recflow.modeling.config import TrainingConfig, with_values
 from recflow.modeling.search_space import check_space, default_space, space_from
 
-pytestmark = pytest.mark.filterwarnings("ignore:Asset job full materializes assets with varying")
+pytestmark = pytest.mark.filterwarnings("ignore:Asset job .* materializes assets with varying")
 
 
 def leaves(defaults: Any, prefix: str = "") -> dict[str, Any]:

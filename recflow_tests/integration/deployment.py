@@ -41,6 +41,8 @@ QUICK: dict[str, Any] = {
     "evaluation__predictions": {"config": {"catalogue_sample": 50}},
     "evaluation__measurements": {"config": {"texts": 32}},
     "evaluation__report": {"config": {"bootstrap_samples": 100}},
+    # It has not learned enough to beat a baseline beyond doubt.
+    "promotion__gate": {"config": {"min_baseline_lead": -1.0, "bootstrap_samples": 100}},
 }
 
 

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from recflow.adapters.requirements import Need
+from recflow.defs.monitoring.training_runs import SNAPSHOT_TAG
 from recflow.hardware.requirements import KUBERNETES, RAY
 from recflow.settings import PROJECT_ROOT
 from recflow_tests.integration.deployment import Deployment
@@ -216,14 +217,17 @@ def assert_shown(node: dict[str, Any], need: Need) -> None:
         assert f"| {part} |" in shown["planned_memory"]["mdStr"]
 
 
-def test_runs_of_one_gpu_type_wait_for_each_other_and_for_no_others(web_ui: WebUI) -> None:
+def test_runs_of_one_gpu_type_or_one_day_wait_for_each_other_and_for_no_others(
+    web_ui: WebUI,
+) -> None:
     training = NEEDS["models/fine_tuned"].requirement
     scoring = NEEDS["evaluation/predictions"].requirement
     assert training is not None
     assert scoring is not None
     assert (training.gpu_type, scoring.gpu_type) == ("l4", "none")
 
-    same = [web_ui.launch("training", training.run_tags) for _ in range(3)]
+    days = ("2024-01-01", "2024-01-02", "2024-01-03")
+    same = [web_ui.launch("training", {**training.run_tags, SNAPSHOT_TAG: day}) for day in days]
     web_ui.wait_for(same, seconds=120, until=lambda runs: "STARTED" in runs)
     # The training that runs ends when it is told to. Others are begun and done beside it, by a
     # daemon that looked at the waiting ones first.
@@ -231,7 +235,14 @@ def test_runs_of_one_gpu_type_wait_for_each_other_and_for_no_others(web_ui: WebU
     beside = web_ui.wait_for(others, seconds=120, until=lambda runs: set(runs) == {"SUCCESS"})
     waiting = web_ui.wait_for(same, seconds=0, until=lambda _: True)
     assert sorted(run["status"] for run in waiting) == ["QUEUED", "QUEUED", "STARTED"]
+    (of_one_day,) = (values(run["tags"])[SNAPSHOT_TAG] for run in waiting if run["startTime"])
+    # What writes the day that is being trained waits, whatever GPU it needs; other days do not.
+    same_day = web_ui.launch("scoring", {SNAPSHOT_TAG: of_one_day})
+    other_day = web_ui.launch("scoring", {SNAPSHOT_TAG: "2023-01-01"})
+    web_ui.wait_for([other_day], seconds=120, until=lambda runs: runs == ["SUCCESS"])
+    web_ui.wait_for([same_day], seconds=0, until=lambda runs: runs == ["QUEUED"])
     web_ui.release.touch()
+    web_ui.wait_for([same_day], seconds=180, until=lambda runs: runs == ["SUCCESS"])
     done = web_ui.wait_for(same, seconds=180, until=lambda runs: set(runs) == {"SUCCESS"})
 
     assert all(values(run["tags"])["recflow/gpu_type"] == "l4" for run in done)

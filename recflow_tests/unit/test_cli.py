@@ -54,6 +54,18 @@ def test_dev_before_any_demonstration_says_what_to_run(
     assert "make demo DATA=mind" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["on", "off", "status"])
+def test_the_loop_of_no_deployment_says_what_to_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    monkeypatch.setattr(demo, "home_of", lambda data: tmp_path / data)
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    assert run(monkeypatch, "loop", verb) == 2
+    assert "make demo DATA=movielens" in capsys.readouterr().err
+    assert run(monkeypatch, "loop", verb, "--data", "mind") == 2
+    assert "make demo DATA=mind" in capsys.readouterr().err
+
+
 def test_help_needs_no_heavy_import() -> None:
     script = (
         "import sys; from recflow.cli import app; "

@@ -5,6 +5,7 @@ import pytest
 
 from recflow.core.errors import ConfigError
 from recflow.hardware.catalogue import load_catalogue
+from recflow.quality.trigger import TriggerPolicy
 from recflow.settings import Settings, load_settings
 
 
@@ -101,6 +102,12 @@ def test_unknown_keys_are_errors(
         ("RECFLOW_TIMEZONE", "Mars/Olympus", "IANA time zone"),
         ("RECFLOW_FIRST_DAY", "2026-13-01", "date"),
         ("RECFLOW_NIGHTLY_HOUR", "24", "less than or equal to 23"),
+        ("RECFLOW_RETRAIN_DAYS_NEEDED", "0", "greater than or equal to 1"),
+        ("RECFLOW_RETRAIN_DAYS_LOOKED_AT", "31", "less than or equal to 30"),
+        ("RECFLOW_RETRAIN_COOLDOWN_DAYS", "-1", "greater than or equal to 0"),
+        ("RECFLOW_RETRAIN_DECAY_AT_ONCE", "often", "boolean"),
+        ("RECFLOW_WEB_URL", "localhost:3000", "begins with http:// or https://"),
+        ("RECFLOW_WEB_URL", "http://[::1", "begins with http:// or https://"),
     ],
 )
 def test_impossible_values_name_key_value_and_what_is_allowed(
@@ -119,6 +126,35 @@ def test_splits_must_leave_a_day_to_train_on(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("RECFLOW_TEST_DAYS", "2")
     with pytest.raises(ConfigError, match="leave no day of window_days 3 to train on"):
         load_settings()
+
+
+def test_the_policy_of_retraining_is_checked_when_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert load_settings().trigger_policy == TriggerPolicy(2, 3, 2, True)
+    monkeypatch.setenv("RECFLOW_RETRAIN_DAYS_NEEDED", "5")
+    with pytest.raises(ConfigError, match=r"RECFLOW_RETRAIN_DAYS_NEEDED = 5 .*LOOKED_AT = 3"):
+        load_settings()
+    monkeypatch.setenv("RECFLOW_RETRAIN_DAYS_LOOKED_AT", "7")
+    monkeypatch.setenv("RECFLOW_RETRAIN_COOLDOWN_DAYS", "0")
+    monkeypatch.setenv("RECFLOW_RETRAIN_DECAY_AT_ONCE", "false")
+    assert load_settings().trigger_policy == TriggerPolicy(5, 7, 0, False)
+
+
+@pytest.mark.parametrize(
+    "value", ["ftp://host/t0ken", "t0ken", "https:///t0ken", "http://h:x/t0ken"]
+)
+def test_the_webhook_is_an_address_that_no_message_shows(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("RECFLOW_ALERT_WEBHOOK", value)
+    with pytest.raises(ConfigError, match=r"RECFLOW_ALERT_WEBHOOK .*https://") as error:
+        load_settings()
+    assert "t0ken" not in str(error.value)
+    monkeypatch.setenv("RECFLOW_ALERT_WEBHOOK", "https://hooks.example/t0ken")
+    settings = load_settings()
+    assert settings.alert_webhook == "https://hooks.example/t0ken"
+    assert "t0ken" not in repr(settings)
 
 
 def test_last_day_before_first_day_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

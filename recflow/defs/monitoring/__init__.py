@@ -1,1 +1,1 @@
-"""Assets that watch the days: is a day still like the days the champion was made from."""
+"""Stage: how the days drift, and what follows from it."""

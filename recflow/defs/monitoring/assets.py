@@ -58,7 +58,7 @@ def drift(
     artifact = build_drift(
         store.open(),
         day,
-        champion=registry.open().champion(settings.cache_dir),
+        champion=registry.open().champion(settings.champions_dir),
         window=window_keys(day, settings.window_days),
         max_history=settings.max_history,
         config=drift_config(config),

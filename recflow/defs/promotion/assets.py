@@ -47,6 +47,10 @@ class GateRunConfig(Rebuild):
     min_segment_impressions: int = Field(
         200, description="Segments with fewer test impressions are not judged"
     )
+    min_baseline_lead: float = Field(
+        0.0,
+        description="Lead of the first champion over every content-only baseline, beyond doubt",
+    )
     max_p99_ms: float | None = Field(
         None, description="99th percentile of the latency of one text on one thread"
     )
@@ -103,6 +107,7 @@ def gate(
             seed=settings.seed,
             max_segment_loss=config.max_segment_loss,
             min_segment_impressions=config.min_segment_impressions,
+            min_baseline_lead=config.min_baseline_lead,
             max_p99_ms=config.max_p99_ms,
             max_memory_mib=config.max_memory_mib,
             max_megabytes=config.max_megabytes,

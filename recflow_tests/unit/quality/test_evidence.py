@@ -45,5 +45,5 @@ def test_any_limit_passed_is_an_alarm(
 )
 def test_facts_of_anything_else_are_refused(name: str, value: Any) -> None:
     for facts in ({**FACTS, name: value}, {k: v for k, v in FACTS.items() if k != name}):
-        with pytest.raises(ArtifactError, match="drift of 2026-01-05 .* materialise it again"):
+        with pytest.raises(ArtifactError, match=r"drift of 2026-01-05 .* materialise it again"):
             DriftEvidence.from_facts(DAY, "abc", facts)

@@ -7,6 +7,7 @@ READY := $(VENV)/.ready
 DATA ?= movielens
 DIR ?=
 DATE ?=
+ARGS ?=
 UV_VERSION := 0.13.9
 # uv does not read pip's configuration; hand over where pip would look for wheels and indexes.
 PIP_SETTING = $(shell $(PYTHON) -m pip config get $(1) 2>/dev/null)
@@ -14,7 +15,7 @@ FIND_LINKS = $(or $(PIP_FIND_LINKS),$(call PIP_SETTING,global.find-links))
 INDEX_URL = $(or $(PIP_INDEX_URL),$(call PIP_SETTING,global.index-url))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo dev test test-integration check format bench-reading bench-load bench-train bench-strategies bench-compress bench-planner bench-serving-plan bench-movielens bench-drift screenshots clean
+.PHONY: help install lock demo dev test test-integration check format bench-reading bench-load bench-train bench-strategies bench-compress bench-planner bench-serving-plan bench-movielens bench-drift backtest screenshots clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +84,9 @@ bench-movielens: $(READY) ## MovieLens-100K by the field's protocols (needs `mak
 
 bench-drift: $(READY) ## False alarms of drift, and which shifts it finds (DIR=EB-NeRD adds its days)
 	$(BIN)/python -m recflow_tests.benchmarks.drift $(if $(DIR),--ebnerd "$(DIR)")
+
+backtest: $(READY) ## Never, nightly or on drift: walk simulated days (about 20 min), or DATA=ebnerd DIR=logs
+	@$(BIN)/recflow backtest $(if $(DIR),--data "$(DATA)" --dir "$(DIR)") $(ARGS)
 
 screenshots: $(READY) ## Take the README's screenshots again (needs Chromium)
 	$(BIN)/python docs/screenshots.py

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from recflow.cli_backtest import backtest
 from recflow.cli_promotion import add_promotion_commands
 from recflow.core.errors import RecflowError
 from recflow.loop_cli import app as loop_app
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Raw logs and pretrained weights.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(backtest)
 app.add_typer(loop_app, name="loop")
 add_promotion_commands(app)
 

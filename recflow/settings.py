@@ -127,6 +127,12 @@ class Settings(BaseSettings):
     retrain_cooldown_days: int = Field(
         2, ge=0, description="Days that must lie between the snapshots of two retrainings"
     )
+    retrain_settle_days: int = Field(
+        7,
+        ge=0,
+        description="Once a drift led to a retraining, retrain until a snapshot ends so many days "
+        "after its first day; 0 for never",
+    )
     retrain_decay_at_once: bool = Field(
         True, description="Whether one day is enough where the champion ranks significantly worse"
     )
@@ -226,6 +232,7 @@ class Settings(BaseSettings):
             days_looked_at=self.retrain_days_looked_at,
             cooldown_days=self.retrain_cooldown_days,
             decay_at_once=self.retrain_decay_at_once,
+            settle_days=self.retrain_settle_days,
         )
 
     @property

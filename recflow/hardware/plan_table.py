@@ -104,7 +104,7 @@ class PlanRequest:
         shape = find_shape(model)
         known = load_catalogue(catalogue)
         chosen = [pick_device(known, name) for name in dict.fromkeys(devices)]
-        given = {**(values or {}), **dict(_change(text) for text in changes)}
+        given = {**(values or {}), **dict(parse_change(text) for text in changes)}
         if history is not None:
             given.setdefault("user_model.history_length", history)
         config = with_values(TrainingConfig(), given)
@@ -433,7 +433,7 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
 
-def _change(text: str) -> tuple[str, Any]:
+def parse_change(text: str) -> tuple[str, Any]:
     """Key and value of ``key=value``; the value is JSON where it can be read as such."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():

@@ -25,6 +25,10 @@ class TriggerPolicy:
         days_looked_at: The newest so many days with a report of the present champion.
         cooldown_days: Days of the log that must lie between the snapshots of two retrainings.
         decay_at_once: Retrain on the first day that the champion ranks significantly worse.
+        settle_days: Once a drift has led to a retraining, retrain after each cooldown until a
+            snapshot ends so many days after the drift's first alarming day; 0 for never. The
+            snapshot that is triggered holds its newest days out, so it learned from hardly any day
+            after the change; as a reference it holds them, so that nothing alarms any more.
 
     Raises:
         ConfigError: A value is impossible.
@@ -34,6 +38,7 @@ class TriggerPolicy:
     days_looked_at: int = 3
     cooldown_days: int = 2
     decay_at_once: bool = True
+    settle_days: int = 7
 
     def __post_init__(self) -> None:
         if self.days_needed < 1:
@@ -44,6 +49,8 @@ class TriggerPolicy:
             )
         if self.cooldown_days < 0:
             raise ConfigError.of("cooldown_days", self.cooldown_days, "0 or more")
+        if self.settle_days < 0:
+            raise ConfigError.of("settle_days", self.settle_days, "0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +97,21 @@ def decide(
     alarming = [e for e in recent if e.alarming]
     decayed = newest.decayed and policy.decay_at_once
     seen = f"{len(alarming)} of the last {len(recent)} days are beyond a limit"
+    if last_retrained is not None and newest.day >= _ready(last_retrained, policy):
+        drift = _last_drift(ordered, last_retrained, policy)
+        if drift and (last_retrained - drift[0].day).days < policy.settle_days:
+            return Decision(
+                f"the drift that began on {drift[0].day} ({_names(drift)}) has not settled: "
+                f"snapshot {last_retrained} holds few days after that",
+                newest.day,
+                run_key([*drift, newest]),
+            )
     if not decayed and len(alarming) < policy.days_needed:
         return Decision(f"{seen}; {policy.days_needed} of {policy.days_looked_at} are needed")
     if not newest.alarming:
         return Decision(f"{seen}, but the newest, {newest.day}, is not: it has passed")
     if last_retrained is not None:
-        ready = last_retrained + timedelta(days=policy.cooldown_days + 1)
+        ready = _ready(last_retrained, policy)
         if newest.day < ready:
             return Decision(
                 f"{seen}, but snapshot {last_retrained} was trained less than "
@@ -115,6 +131,34 @@ def run_key(evidence: Sequence[DriftEvidence]) -> str:
     """
     lines = "\n".join(f"{e.day} {e.digest} {e.champion}" for e in evidence)
     return f"drift-{evidence[-1].day}-{hashlib.sha256(lines.encode()).hexdigest()[:16]}"
+
+
+def _ready(last_retrained: date, policy: TriggerPolicy) -> date:
+    """First day whose snapshot may be trained after the last one."""
+    return last_retrained + timedelta(days=policy.cooldown_days + 1)
+
+
+def _last_drift(
+    ordered: Sequence[DriftEvidence], last_retrained: date, policy: TriggerPolicy
+) -> list[DriftEvidence]:
+    """The alarming days up to a snapshot that belong to one drift; empty if it is of none.
+
+    Alarming days belong together where no ``days_looked_at`` days lie between them. Of them it
+    does not matter which champion a day was compared with.
+    """
+    drift: list[DriftEvidence] = []
+    for one in ordered:
+        if one.alarming and one.day <= last_retrained:
+            if drift and (one.day - drift[-1].day).days > policy.days_looked_at:
+                drift = []
+            drift.append(one)
+    began = len(drift) >= policy.days_needed or any(one.decayed for one in drift)
+    return drift if began else []
+
+
+def _names(evidence: Sequence[DriftEvidence]) -> str:
+    decay = ["decay"] if any(e.decayed for e in evidence) else []
+    return ", ".join([*decay, *dict.fromkeys(name for e in evidence for name in e.drifted)])
 
 
 def _reason(newest: DriftEvidence, alarming: Sequence[DriftEvidence], seen: str) -> str:

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, cast
 
 from markupsafe import Markup, escape
@@ -29,26 +30,50 @@ _VARIABLES = {
 }
 _WIDTH = 4.8  # inches; scaled to a phone the 10-point text is still read without zooming
 _LONG_NAME = 24  # letters
-_STYLE: dict[str, Any] = {
-    "axes.edgecolor": _RULE,
-    "axes.grid": True,
-    "axes.labelcolor": _MUTED,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.axisbelow": True,
-    "font.size": 10,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.labelcolor": _INK,
-    "svg.fonttype": "none",
-    "text.color": _INK,
-    "text.parse_math": False,  # a "$" in a name is a "$"
-    "xtick.color": _RULE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.color": _RULE,
-    "ytick.labelcolor": _MUTED,
-}
+
+
+@dataclass(frozen=True, slots=True)
+class _Palette:
+    """Colours of a drawing."""
+
+    ink: str
+    muted: str
+    rule: str
+    series: tuple[str, ...]
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Matplotlib's settings."""
+        return {
+            "axes.edgecolor": self.rule,
+            "axes.grid": True,
+            "axes.labelcolor": self.muted,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.axisbelow": True,
+            "font.size": 10,
+            "grid.color": self.rule,
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "legend.labelcolor": self.ink,
+            "svg.fonttype": "none",
+            "text.color": self.ink,
+            "text.parse_math": False,  # a "$" in a name is a "$"
+            "xtick.color": self.rule,
+            "xtick.labelcolor": self.muted,
+            "ytick.color": self.rule,
+            "ytick.labelcolor": self.muted,
+        }
+
+
+_PAGE = _Palette(_INK, _MUTED, _RULE, _SERIES)
+# The page's colours in light mode, for pictures that stand alone.
+_PICTURE = _Palette(
+    "#1d1c1a",
+    "#66625c",
+    "#e2ded7",
+    ("#0a6c5d", "#c2571a", "#3f5fb5", "#9a3d86", "#8a6d00", "#5b6770"),
+)
 
 MAX_LINES = len(_SERIES)
 """How many lines one chart can tell apart."""
@@ -88,6 +113,23 @@ class CostPoint:
     point: Point
     cost: float
     area: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DayLine:
+    """A policy over the days of a walk.
+
+    Attributes:
+        name: Its name.
+        values: Its quality, day by day.
+        retrained: Numbers of the days after which a new model was deployed, from 0.
+        rejected: Numbers of the days after which one was trained and not deployed.
+    """
+
+    name: str
+    values: Sequence[float]
+    retrained: Sequence[int] = ()
+    rejected: Sequence[int] = ()
 
 
 def forest(salt: str, label: str, points: Sequence[Point], reference: float | None) -> Markup:
@@ -312,17 +354,125 @@ def training(salt: str, series: str, points: Sequence[tuple[float, float]]) -> M
     return _svg(salt, f"{series} over the epochs", 2.4, draw)
 
 
+def days(
+    salt: str,
+    label: str,
+    dates: Sequence[date],
+    lines: Sequence[DayLine],
+    events: Mapping[date, str],
+) -> Markup:
+    """Quality of policies day by day; below it, when each of them retrained.
+
+    Args:
+        salt: Name of the chart.
+        label: What quality is.
+        dates: The days.
+        lines: At most :data:`MAX_LINES` policies.
+        events: What happened on a day, written at a line across.
+    """
+
+    def draw(figure: Any) -> None:
+        _draw_days(figure, _PAGE, label, dates, lines, events)
+
+    description = f"{label} of each policy day by day, and the days after which it retrained"
+    return _svg_of_figure(salt, description, 3.6 + 0.2 * len(lines), draw)
+
+
+def days_picture(
+    title: str,
+    label: str,
+    dates: Sequence[date],
+    lines: Sequence[DayLine],
+    events: Mapping[date, str],
+) -> bytes:
+    """The chart of :func:`days` as a PNG picture on white that stands alone."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    library, new_figure = cast("Any", mpl), cast("Any", Figure)
+    with library.rc_context(_PICTURE.style):
+        size = (1.6 * _WIDTH, 3.6 + 0.2 * len(lines))
+        figure = new_figure(figsize=size, layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        _draw_days(figure, _PICTURE, label, dates, lines, events)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": ""})
+    return buffer.getvalue()
+
+
+def _draw_days(
+    figure: Any,
+    palette: _Palette,
+    label: str,
+    dates: Sequence[date],
+    lines: Sequence[DayLine],
+    events: Mapping[date, str],
+) -> None:
+    above, below = figure.subplots(
+        2, sharex=True, gridspec_kw={"height_ratios": [12, 0.4 + len(lines)]}
+    )
+    places = range(len(dates))
+    for day, event in events.items():
+        if day not in dates:
+            continue
+        for axes in (above, below):
+            axes.axvline(
+                dates.index(day) - 0.5, color=palette.muted, linewidth=1, linestyle=(0, (4, 3))
+            )
+        above.annotate(
+            event,
+            (dates.index(day) - 0.5, 1),
+            xycoords=above.get_xaxis_transform(),
+            xytext=(3, -2),
+            textcoords="offset points",
+            va="top",
+            fontsize=8,
+            color=palette.muted,
+        )
+    for number, line in enumerate(lines):
+        color, marker, row = palette.series[number], _MARKERS[number], len(lines) - 1 - number
+        above.plot(
+            places, line.values, f"{marker}-", color=color, markersize=3.5, linewidth=1.6,
+            label=line.name,
+        )  # fmt: skip
+        below.plot(line.retrained, [row] * len(line.retrained), marker, color=color, markersize=5)
+        below.plot(
+            line.rejected, [row] * len(line.rejected), marker, color=color, markersize=5,
+            markerfacecolor="none",
+        )  # fmt: skip
+    above.set_ylabel(label)
+    above.margins(y=0.12)
+    above.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(len(lines), 4), fontsize=9)
+    below.set_yticks(range(len(lines)), [line.name for line in reversed(lines)], fontsize=8)
+    below.set_ylim(-0.7, len(lines) - 0.3)
+    below.tick_params(axis="y", length=0, labelcolor=palette.ink)
+    below.grid(visible=False, axis="y")
+    step = max(1, math.ceil(len(dates) / 7))
+    shown = [place for place in places if place % step == 0]
+    below.set_xticks(shown, [f"{dates[place]:%m-%d}" for place in shown])
+    below.set_xlabel("day; below: trained after it (hollow: rejected by the gate)")
+
+
 def _svg(salt: str, description: str, height: float, draw: Any) -> Markup:
     """Draw on fresh axes and return an ``<svg>`` element for the page."""
+
+    def on_axes(figure: Any) -> None:
+        draw(figure.subplots())
+
+    return _svg_of_figure(salt, description, height, on_axes)
+
+
+def _svg_of_figure(salt: str, description: str, height: float, draw: Any) -> Markup:
+    """Draw on a fresh figure and return an ``<svg>`` element for the page."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     library, new_figure = cast("Any", mpl), cast("Any", Figure)  # partly unknown types
-    with library.rc_context(_STYLE | {"svg.hashsalt": salt}), warnings.catch_warnings():
+    with library.rc_context(_PAGE.style | {"svg.hashsalt": salt}), warnings.catch_warnings():
         # The browser's fonts draw the text; that Matplotlib's lack a glyph changes nothing.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = new_figure(figsize=(_WIDTH, height), layout="constrained")
-        draw(figure.subplots())
+        draw(figure)
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from recflow.core.artifacts import write_text_atomically
 from recflow.core.errors import ConfigError
 from recflow.hardware.device import Device
 
-_LAYOUT: Final = 1
+_LAYOUT: Final = 2
 _MEBIBYTE: Final = 1 << 20
 
 
@@ -28,7 +28,10 @@ class Calibration:
     Attributes:
         device: Name of the device, or of the machine that was measured.
         is_measured: Whether the factors were fitted to runs on such a device.
-        matrix_share: Share of the matrix rate that an encoder's matrices reach, by precision.
+        matrix_share: Share of the matrix rate that an encoder's matrices reach the more closely the
+            wider they are, by precision.
+        half_width: Width of an encoder at which half of that share is reached; 0 where the width
+            makes no difference.
         bandwidth_share: Share of the bandwidth that element-wise work reaches.
         operator_seconds: Seconds every operator takes beside its work: dispatch, launch.
         start_seconds: Seconds until a training process has imported and loaded everything.
@@ -42,14 +45,12 @@ class Calibration:
             bfloat16, and keeps a limited number.
         kernels: That number.
         source: Where the factors are from.
-        teraflops: Matrix rates that were measured on the machine itself, by precision; empty where
-            those of the catalogue count.
-        bandwidth_gb_s: The machine's measured bandwidth; ``None`` where the catalogue's counts.
     """
 
     device: str
     is_measured: bool
     matrix_share: Mapping[str, float]
+    half_width: float
     bandwidth_share: float
     operator_seconds: float
     start_seconds: float
@@ -59,12 +60,21 @@ class Calibration:
     kernel_bytes: int
     kernels: int
     source: str
-    teraflops: Mapping[str, float] = field(default_factory=lambda: {})
-    bandwidth_gb_s: float | None = None
 
-    def share(self, precision: str) -> float:
-        """Share of the matrix rate that is reached in a precision."""
-        return self.matrix_share.get(precision, min(self.matrix_share.values()))
+    def share(self, precision: str, width: float) -> float:
+        """Share of the matrix rate that encoders of a width reach in a precision.
+
+        A product's blocks are copied and its sums started and written once for as many operations
+        as its inner dimension has; Hockney's ``r = r_inf / (1 + n_half / n)`` (Hockney and
+        Jesshope 1988, Parallel Computers 2) has one number for all of that: the length
+        at which half of the rate is reached.
+
+        Args:
+            precision: What is multiplied.
+            width: Width of the hidden states.
+        """
+        widest = self.matrix_share.get(precision, min(self.matrix_share.values()))
+        return widest / (1 + self.half_width / width)
 
     def speaks_for(self, device: Device, known: Collection[str]) -> bool:
         """Whether the factors count for a device.
@@ -129,6 +139,7 @@ _MEASURED_CPU: Final = Calibration(
     device="cpu",
     is_measured=True,
     matrix_share={"fp32": 0.41, "bf16": 0.41},
+    half_width=0.0,
     bandwidth_share=0.25,
     operator_seconds=30e-6,
     start_seconds=10.0,
@@ -158,6 +169,7 @@ _ASSUMED_GPU: Final = Calibration(
     device="gpu",
     is_measured=False,
     matrix_share={"fp32": 0.5, "tf32": 0.35, "bf16": 0.3},
+    half_width=0.0,
     bandwidth_share=0.6,
     operator_seconds=10e-6,
     start_seconds=30.0,

@@ -510,8 +510,9 @@ class _Training:
         float_rate = device.teraflops["fp32"] * 1e12
         bandwidth = device.bandwidth_gb_s * 1e9
         limit = max(work.flops / rate + work.float_flops / float_rate, work.bytes / bandwidth)
-        seconds = work.flops / (rate * factors.share(self.precision))
-        seconds += work.float_flops / (float_rate * factors.share("fp32"))
+        width = self.shape.width
+        seconds = work.flops / (rate * factors.share(self.precision, width))
+        seconds += work.float_flops / (float_rate * factors.share("fp32", width))
         seconds += work.bytes / (bandwidth * factors.bandwidth_share)
         seconds += work.operators * factors.operator_seconds
         return Stage(name, repeats, work.flops + work.float_flops, limit, seconds)

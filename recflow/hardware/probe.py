@@ -40,6 +40,9 @@ _IMPRESSIONS: Final = 1_280
 _HISTORY: Final = 20
 _SLATE: Final = 9
 _REPEATS: Final = 5
+_WIDEST_HALF: Final = 3_000  # half widths that are tried, and the distance between them
+_HALF_STEP: Final = 20
+_PRODUCTS: Final = 2  # columns of the fit that are seconds of products
 _BERT: Final[dict[str, Any]] = {"model_type": "bert", "vocab_size": _WORDS}
 _ENCODERS: Final[dict[str, dict[str, Any]]] = {
     "4 × 256": {**_BERT, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -98,6 +101,21 @@ class Rates:
     operator_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """What :func:`probe` fits factors to.
+
+    Attributes:
+        rates: Of plain operations.
+        heaps: What the allocator holds for a byte that is needed, as ``Calibration.heap``.
+        runs: Trainings: what each reported, its encoder and its configuration.
+    """
+
+    rates: Rates
+    heaps: Mapping[str, float]
+    runs: tuple[tuple[Mapping[str, Any], str, Mapping[str, Any]], ...]
+
+
 def probe(
     device: Device, threads: int, tell: Callable[[str], None] = lambda _: None
 ) -> Calibration:
@@ -111,12 +129,21 @@ def probe(
     Raises:
         HardwareError: A process of the probe failed.
     """
+    return fitted(measure(device, threads, tell), device, threads)
+
+
+def measure(device: Device, threads: int, tell: Callable[[str], None]) -> Measurements:
+    """Take all measurements of :func:`probe`, each training in a process of its own.
+
+    Raises:
+        HardwareError: A process of the probe failed.
+    """
     rates = measure_rates(threads)
     tell(f"{_spoken(rates)}")
-    base = default_calibration(device)
+    heaps: dict[str, float] = {}
+    runs: list[tuple[Mapping[str, Any], str, Mapping[str, Any]]] = []
     with tempfile.TemporaryDirectory(prefix="recflow-probe-") as folder:
         place = Path(folder)
-        heaps: dict[str, float] = {}
         for family, encoder, strategy in _HEAPS:
             for precision in ("bf16", "fp32") if device.supports("bf16") else ("fp32",):
                 job = {"do": "heap", "encoder": encoder, "strategy": strategy}
@@ -124,17 +151,23 @@ def probe(
                 name = f"{family} {precision} {_KINDS[strategy]}"
                 heaps[name] = max(1.0, answer["held"] / answer["saved"])
                 tell(f"heap of {name}: {heaps[name]:.2f}")
-        runs: list[tuple[Mapping[str, Any], str, dict[str, Any]]] = []
         for encoder, values in _TRAININGS:
             job = {"do": "train", "encoder": encoder, "values": values, "threads": threads}
             answer = _in_own_process(job, place)
             runs.append((answer, encoder, values))
             tell(f"{encoder} {values or ''}: {answer['peak_rss_bytes'] / 2**20:,.0f} MiB")
-    fitted = _fit_seconds(runs, device, replace(base, heap=heaps), threads)
+    return Measurements(rates, heaps, tuple(runs))
+
+
+def fitted(found: Measurements, device: Device, threads: int) -> Calibration:
+    """Factors of a machine from what was measured on it; see :func:`probe`."""
+    base = replace(default_calibration(device), heap=found.heaps)
+    fast = _fit_seconds(found.runs, device, base, threads)
     return replace(
-        _fit_context(runs, device, fitted, threads),
+        _fit_context(found.runs, device, fast, threads),
         is_measured=True,
-        source=f"recflow probe, {threads} threads, {len(runs)} trainings; {_spoken(rates)}",
+        source=f"recflow probe, {threads} threads, {len(found.runs)} trainings; "
+        f"{_spoken(found.rates)}",
     )
 
 
@@ -191,16 +224,21 @@ def _plan_parts(
 
 
 def _fit_seconds(
-    runs: Sequence[tuple[Mapping[str, Any], str, dict[str, Any]]],
+    runs: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]],
     device: Device,
     calibration: Calibration,
     threads: int,
 ) -> Calibration:
-    """Shares of matrix rates and bandwidth, and seconds an operator, from the stages' seconds."""
+    """Shares of matrix rates and bandwidth, the width that halves them, and seconds an operator.
+
+    For a given half width the stages' seconds are linear in what is left: of a row of half widths
+    the one that leaves the smallest error is taken.
+    """
     import numpy as np
     from scipy.optimize import nnls  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
     rows: list[list[float]] = []
+    widths: list[int] = []
     for report, encoder, values in runs:
         shape, config, workload = _plan_parts(encoder, values, threads)
         works = training_work(shape, config, workload, device, calibration)
@@ -211,17 +249,25 @@ def _fit_seconds(
                 continue
             row = _features(work, device, half)
             rows.append([value / seconds for value in row])
-    table = np.array(rows)
+            widths.append(shape.width)
     # Each row says: what the factors make of this stage is once the seconds it took.
     solve = cast("Callable[..., tuple[list[float], float]]", nnls)
-    inverse, _ = solve(table, np.ones(len(table)))
-    half_inverse, float_inverse, bytes_inverse, operator = (float(value) for value in inverse)
+    table = np.array(rows)
+    fits: list[tuple[float, float, list[float]]] = []
+    for half_width in range(0, _WIDEST_HALF + 1, _HALF_STEP):
+        slower = np.ones_like(table)
+        slower[:, :_PRODUCTS] += (half_width / np.array(widths))[:, None]
+        inverse, error = solve(table * slower, np.ones(len(table)))
+        fits.append((error, float(half_width), [float(value) for value in inverse]))
+    _, half_width, inverse = min(fits)
+    half_inverse, float_inverse, bytes_inverse, operator = inverse
     shares = {"fp32": _share(float_inverse)}
     if device.supports("bf16"):
         shares["bf16"] = _share(half_inverse)
     return replace(
         calibration,
         matrix_share=shares,
+        half_width=half_width,
         bandwidth_share=_share(bytes_inverse),
         operator_seconds=operator,
     )
@@ -251,7 +297,7 @@ def _seconds_of(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _fit_context(
-    runs: Sequence[tuple[Mapping[str, Any], str, dict[str, Any]]],
+    runs: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]],
     device: Device,
     calibration: Calibration,
     threads: int,

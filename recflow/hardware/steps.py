@@ -208,12 +208,16 @@ def _rare_tokens(workload: TrainingWorkload) -> int:
 
 @dataclass(slots=True)
 class _Work:
-    """Operations, bytes moved, and operators started."""
+    """Operations, bytes moved, and operators started.
+
+    ``width`` is that of the encoder at work; 0 is that of the parent.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
     operators: float = 0.0
     precision: Precision = "fp32"
+    width: int = 0
 
 
 _Product = tuple[int, int, int, bool]  # rows, inputs, outputs, whether gradients are computed
@@ -451,7 +455,7 @@ class _Run:
 
     def forward(self, shape: EncoderShape, buckets: list[tuple[int, int]], half: bool) -> _Work:
         """Work of encoding batches without gradients."""
-        work = _Work(precision="bf16" if half else "fp32")
+        work = _Work(precision="bf16" if half else "fp32", width=shape.width)
         tokens = sum(count * length for count, length in buckets)
         pairs = sum(count * length * length for count, length in buckets)
         matrices = 2.0 * shape.matrix_parameters * tokens
@@ -465,7 +469,9 @@ class _Run:
         device, factors = self.device, self.calibration
         rate = device.teraflops[work.precision] * 1e12
         bandwidth = device.bandwidth_gb_s * 1e9
-        seconds = work.flops / (rate * factors.share(work.precision))
+        seconds = work.flops / (
+            rate * factors.share(work.precision, work.width or self.parent.width)
+        )
         seconds += work.bytes / (bandwidth * factors.bandwidth_share)
         seconds += work.operators * factors.operator_seconds
         limit = max(work.flops / rate, work.bytes / bandwidth)

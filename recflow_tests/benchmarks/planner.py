@@ -6,7 +6,10 @@ peak memory and time a step beside what was planned before the process was start
 than all-MiniLM-L6-v2 get the sizes of well-known models and random weights: memory and time do not
 depend on what weights say.
 
-``--results FILE`` keeps what was measured; configurations found there are not run again.
+``--results FILE`` keeps what was measured; configurations found there are not run again. With
+``--only NAME`` (``--list`` prints the names) one configuration is added to the file at a time, and
+``--stored`` prints the tables of what the file holds. The formulas were worked on with every second
+configuration in view (:data:`SEEN`); errors of the others are summed up apart.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -144,8 +147,26 @@ GRID: Final[tuple[tuple[str, str, dict[str, object]], ...]] = (
 )  # fmt: skip
 
 
-def write_encoder(directory: Path, config: Mapping[str, object], tokenizer: Path) -> None:
-    """Write an encoder of these sizes with random weights, and the tokenizer."""
+def key_of(encoder: str, name: str) -> str:
+    """Name of a configuration on the command line and in the file of results."""
+    return f"{encoder}, {name}"
+
+
+# Those that were in view when the formulas of memory and time were worked on.
+SEEN: Final = frozenset(key_of(encoder, name) for encoder, name, _ in GRID[::2])
+
+
+def write_encoder(
+    directory: Path, config: Mapping[str, object], tokenizer: Path, *, weights: bool = True
+) -> None:
+    """Write an encoder of these sizes with random weights, and the tokenizer.
+
+    Args:
+        directory: Where to.
+        config: Sizes; those not named are the family's usual ones.
+        tokenizer: File to copy.
+        weights: Whether weights are written, which planning does not need.
+    """
     import shutil
 
     import torch
@@ -158,7 +179,7 @@ def write_encoder(directory: Path, config: Mapping[str, object], tokenizer: Path
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id"), 0)
     ends = dict.fromkeys(("eos_token_id", "sep_token_id"), 0)
     made: Any = AutoConfig.for_model(str(config["model_type"]), **{**special, **ends, **values})
-    AutoModel.from_config(made).save_pretrained(directory)
+    (AutoModel.from_config(made) if weights else made).save_pretrained(directory)
     shutil.copyfile(tokenizer, directory / tokenizer.name)
 
 
@@ -217,15 +238,20 @@ class Compared:
 
 
 def compare(
-    settings: Settings, threads: int, calibration: Path | None, results: dict[str, Any]
+    settings: Settings,
+    threads: int,
+    calibration: Path | None,
+    results: dict[str, Any],
+    keys: Collection[str],
 ) -> Iterator[Compared]:
-    """Plan and measure every configuration of the grid.
+    """Plan and measure configurations of the grid.
 
     Args:
         settings: The deployment whose newest snapshot is trained on.
         threads: Threads of the trainings.
         calibration: What ``recflow probe`` found on this machine.
         results: Reports by configuration; what is missing is measured and put there.
+        keys: The configurations; see :func:`key_of`.
     """
     from recflow.adapters.artifact_store import ArtifactStore
     from recflow.adapters.planning import PlanningConfig, plan_of_training
@@ -237,11 +263,15 @@ def compare(
     real = Path(settings.base_model)
     with tempfile.TemporaryDirectory(prefix="recflow-planner-") as folder:
         for encoder, name, own in GRID:
+            key = key_of(encoder, name)
+            if key not in keys:
+                continue
             sizes, base = ENCODERS[encoder], real
             if sizes is not None:
-                base = Path(folder) / encoder.replace(" ", "_")
+                kind = "planned" if key in results else "trained"
+                base = Path(folder) / f"{encoder.replace(' ', '_')}-{kind}"
                 if not base.exists():
-                    write_encoder(base, sizes, real / TOKENIZER_NAME)
+                    write_encoder(base, sizes, real / TOKENIZER_NAME, weights=key not in results)
             values = {**_COMMON, **own}
             config = with_values(TrainingConfig(threads=threads), values)
             planned = plan_of_training(
@@ -254,7 +284,6 @@ def compare(
                 other_table_bytes=int(data.splits.test.estimated_size()),
                 in_new_process=True,
             )
-            key = f"{encoder}, {name}"
             if key not in results:
                 job = {"store": str(settings.store_dir), "snapshot": snapshot, "values": values}
                 results[key] = in_own_process({**job, "base_model": str(base), "threads": threads})
@@ -376,20 +405,35 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--calibration", type=Path, help="file of recflow probe")
     parser.add_argument("--results", type=Path, help="where measurements are kept")
+    parser.add_argument("--only", action="append", metavar="NAME", help="may be given repeatedly")
+    parser.add_argument("--stored", action="store_true", help="only what the results hold")
+    parser.add_argument("--seen", action="store_true", help="only what formulas were made with")
+    parser.add_argument("--list", action="store_true", help="print the configurations' names")
     parser.add_argument("--measure", metavar="JOB", help=argparse.SUPPRESS)
     options: Any = parser.parse_args(arguments)
     if options.measure:
         print(json.dumps(measure(json.loads(options.measure))))
+        return
+    keys = [key_of(encoder, name) for encoder, name, _ in GRID]
+    if unknown := set(options.only or ()).difference(keys):
+        parser.error(f"no such configuration: {', '.join(sorted(unknown))}; see --list")
+    keys = [key for key in keys if key in (options.only or keys)]
+    if options.seen:
+        keys = [key for key in keys if key in SEEN]
+    if options.list:
+        print(*keys, sep="\n")
         return
     from recflow.demo import find_deployment
 
     settings = find_deployment(options.data).settings
     file: Path | None = options.results
     results = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
+    if options.stored:
+        keys = [key for key in keys if key in results]
     rows: list[Compared] = []
     heading, rule, *_ = table([])
     print(heading, rule, sep="\n", flush=True)
-    for row in compare(settings, options.threads, options.calibration, results):
+    for row in compare(settings, options.threads, options.calibration, results, keys):
         rows.append(row)
         print(*list(table([row]))[2:], sep="\n", flush=True)
         if file:

@@ -17,11 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,11 +30,15 @@ from recflow.modeling.config import TrainingConfig, with_values
 from recflow.modeling.reports import TrainingReport
 from recflow.modeling.texts import TOKENIZER_NAME
 from recflow_tests.benchmarks.estimators import Run, estimate_all
+from recflow_tests.benchmarks.processes import in_own_process, train_here
 
 if TYPE_CHECKING:
     from recflow.settings import Settings
 
 _MEBIBYTE: Final = 1 << 20
+_FAIREST: Final = ", what learns"  # reading of other tools in the short table
+_REAL: Final = "all-MiniLM-L6-v2"
+_NARROW: Final = frozenset({"MiniLM-L12", "ELECTRA-small", "Qwen3-like, 8 × 512"})
 _BERT: Final[dict[str, object]] = {"model_type": "bert", "vocab_size": 30_522}
 
 # Sizes of models whose weights need not be at hand.
@@ -183,39 +185,6 @@ def write_encoder(
     shutil.copyfile(tokenizer, directory / tokenizer.name)
 
 
-def measure(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Train in this process and return the report."""
-    from recflow.adapters.artifact_store import ArtifactStore
-    from recflow.adapters.snapshots import load_snapshot
-    from recflow.modeling.tracking import NullTracker
-    from recflow.modeling.trainer import train_ranker
-
-    data = load_snapshot(ArtifactStore(Path(job["store"])), job["snapshot"])
-    with tempfile.TemporaryDirectory() as output, tempfile.TemporaryDirectory() as state:
-        report = train_ranker(
-            items=data.items,
-            train=data.splits.train,
-            validation=data.splits.validation,
-            base_model=Path(job["base_model"]),
-            output=Path(output),
-            config=with_values(TrainingConfig(threads=job["threads"]), job["values"]),
-            tracker=NullTracker(),
-            checkpoints=Path(state) / "training",
-        )
-    return asdict(report)
-
-
-def in_own_process(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure in a fresh process, so that its peak memory is its own."""
-    run = subprocess.run(
-        [sys.executable, "-m", __spec__.name, "--measure", json.dumps(job)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 @dataclass(frozen=True, slots=True)
 class Compared:
     """One configuration, as planned and as measured.
@@ -285,8 +254,13 @@ def compare(
                 in_new_process=True,
             )
             if key not in results:
-                job = {"store": str(settings.store_dir), "snapshot": snapshot, "values": values}
-                results[key] = in_own_process({**job, "base_model": str(base), "threads": threads})
+                job: dict[str, Any] = {
+                    "store": str(settings.store_dir),
+                    "snapshot": snapshot,
+                    "values": values,
+                }
+                job |= {"base_model": str(base), "threads": threads}
+                results[key] = in_own_process(__spec__.name, "--measure", job)
             report = TrainingReport.from_dict(results[key])
             rows = {row.name: row for row in measured_beside(planned.plan, report)}
             yield Compared(
@@ -347,20 +321,83 @@ def table(rows: Iterable[Compared]) -> Iterator[str]:
 
 
 def summary(rows: Sequence[Compared]) -> Iterator[str]:
-    """Median and worst errors."""
-    series = {
-        "peak memory": [row.memory.error for row in rows],
-        "peak memory less what the process holds anyway": [
-            (row.memory.predicted - row.context) / (row.memory.measured - row.context) - 1
-            for row in rows
-        ],
-        "head step": [row.steps["head"].error for row in rows if "head" in row.steps],
-        "encoder step": [row.steps["encoder"].error for row in rows if "encoder" in row.steps],
+    """Median and worst errors, of configurations seen while formulas were made and of others."""
+    yield "| error of | configurations | median | worst | not seen before | median | worst |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    new = [row for row in rows if key_of(row.encoder, row.name) not in SEEN]
+    for name, error in _ERRORS.items():
+        cells: list[str] = []
+        for some in (rows, new):
+            errors = [found for row in some if (found := error(row)) is not None]
+            cells += [str(len(errors)), *(_spoken(errors) if errors else ("–", "–"))]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _memory(row: Compared) -> float:
+    return row.memory.error
+
+
+def _own_memory(row: Compared) -> float:
+    return (row.memory.predicted - row.context) / (row.memory.measured - row.context) - 1
+
+
+def _step(phase: str) -> Callable[[Compared], float | None]:
+    return lambda row: row.steps[phase].error if phase in row.steps else None
+
+
+_ERRORS: Final[dict[str, Callable[[Compared], float | None]]] = {
+    "peak memory": _memory,
+    "peak memory less what the process holds anyway": _own_memory,
+    "head step": _step("head"),
+    "encoder step": _step("encoder"),
+}
+
+
+def _spoken(errors: Sequence[float]) -> tuple[str, str]:
+    """Median of the sizes of errors, and the worst."""
+    middle = statistics.median(abs(error) for error in errors)
+    return f"{middle:.0%}", f"{max(errors, key=abs):+.0%}"
+
+
+def _kind(row: Compared) -> str:
+    """The group of a configuration in the short table."""
+    if row.encoder == _REAL:
+        wide = "MiniLM-L6 (384)"
+    else:
+        wide = "others of 256–512" if row.encoder in _NARROW else "others of 768"
+    what = row.name.split(",")[0]
+    if what.startswith(("LoRA", "AdaLoRA", "adapters")):
+        return f"{wide}, low rank or adapters"
+    return f"{wide}, {'all layers' if what == 'full' else 'frozen or top layers'}"
+
+
+def groups_table(rows: Sequence[Compared]) -> Iterator[str]:
+    """Errors by group, of this planner and of other tools told what learns; see ``estimators``."""
+    tools = {
+        name.removesuffix(_FAIREST): name
+        for row in rows
+        for name in row.others
+        if name.endswith(_FAIREST)
     }
-    yield "| | configurations | median error | worst |"
-    yield "|---|---:|---:|---:|"
-    for name, errors in series.items():
-        yield _summary_row(name, errors)
+    yield f"| trainings | | recflow: memory | step | {' | '.join(tools)} |"
+    yield f"|---|---:|---:|---:|{'---:|' * len(tools)}"
+    groups: dict[str, list[Compared]] = {}
+    for row in rows:
+        groups.setdefault(_kind(row), []).append(row)
+    for name, some in (*groups.items(), ("all", list(rows))):
+        steps = [row.steps["encoder"].error for row in some if "encoder" in row.steps]
+        errors = [[row.memory.error for row in some], steps]
+        for reading in tools.values():
+            said = [(row, row.others.get(reading)) for row in some]
+            errors.append(
+                [
+                    bytes_ / (row.memory.measured - row.context) - 1
+                    for row, bytes_ in said
+                    if bytes_ is not None
+                ]
+            )
+        cells = [" / ".join(_spoken(each)) if each else "–" for each in errors]
+        yield f"| {name} | {len(some)} | {' | '.join(cells)} |"
 
 
 def others_table(rows: Sequence[Compared]) -> Iterator[str]:
@@ -382,20 +419,8 @@ def others_table(rows: Sequence[Compared]) -> Iterator[str]:
         if not whole:
             yield f"| {name} | 0 of {len(trained)} | – | – | – | – |"
             continue
-        cells = [f"{_middle(errors):.0%} | {_worst(errors):+.0%}" for errors in (whole, model)]
+        cells = [" | ".join(_spoken(errors)) for errors in (whole, model)]
         yield f"| {name} | {len(whole)} of {len(trained)} | {' | '.join(cells)} |"
-
-
-def _summary_row(name: str, errors: Sequence[float]) -> str:
-    return f"| {name} | {len(errors)} | {_middle(errors):.1%} | {_worst(errors):+.0%} |"
-
-
-def _middle(errors: Sequence[float]) -> float:
-    return statistics.median(abs(error) for error in errors)
-
-
-def _worst(errors: Sequence[float]) -> float:
-    return max(errors, key=abs)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -412,7 +437,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--measure", metavar="JOB", help=argparse.SUPPRESS)
     options: Any = parser.parse_args(arguments)
     if options.measure:
-        print(json.dumps(measure(json.loads(options.measure))))
+        print(json.dumps(train_here(json.loads(options.measure), checkpoints=True)))
         return
     keys = [key_of(encoder, name) for encoder, name, _ in GRID]
     if unknown := set(options.only or ()).difference(keys):
@@ -438,7 +463,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(*list(table([row]))[2:], sep="\n", flush=True)
         if file:
             write_text_atomically(file, json.dumps(results))
-    for lines in (summary(rows), others_table(rows)):
+    for lines in (summary(rows), groups_table(rows), others_table(rows)):
         print("", *lines, sep="\n")
 
 

@@ -17,6 +17,9 @@ from recflow.core.artifacts import write_text_atomically
 from recflow.core.errors import ConfigError
 from recflow.hardware.device import Device
 
+COMPILING_SECONDS: Final = 0.8e-3
+"""Of one matrix product of a new shape: see the benchmark recflow_tests.benchmarks.step_plan."""
+
 _LAYOUT: Final = 2
 _MEBIBYTE: Final = 1 << 20
 

@@ -33,7 +33,7 @@ from typing import Final
 
 from recflow.core.errors import ConfigError
 from recflow.hardware.activations import adapter_saves, layer_saves
-from recflow.hardware.calibration import Calibration, default_calibration
+from recflow.hardware.calibration import COMPILING_SECONDS, Calibration, default_calibration
 from recflow.hardware.device import Device, Precision
 from recflow.hardware.plan import Memory, Stage, TrainingPlan
 from recflow.hardware.shape import EncoderShape
@@ -368,32 +368,29 @@ class _Training:
         of a matrix; backward there are two products more for a matrix that learns, one for a
         matrix that gradients only pass.
         """
+        return min(sum(self.compiled().values()), self.calibration.kernels)
+
+    def compiled(self) -> dict[str, int]:
+        """Matrix products that each stage is the first to need; see :meth:`kernels`."""
         if not self.half or self.device.is_gpu:
-            return 0
-        ends = self._matrix_kinds()
-        every = {texts * length for texts, length in self.buckets(self.workload.items)}
+            return {}
+        ends = len(self.shape.matrix_kinds)
         below: set[int] = set()
         if self.keeps_states:
             lengths = set(self.lengths.quantiles)
             below = {max(1, _FILL_TOKENS // length) * length for length in lengths}
+        every = {texts * length for texts, length in self.buckets(self.workload.items)}
         steps = self._step_rows()
-        count = ends * len(every | below | steps)
+        encoding = ends * len(every - below)
+        encoder = ends * len(steps - every - below)
         if self.strategy in ("top_k_layers", "full"):
-            count += 2 * ends * len(steps)
+            encoder += 2 * ends * len(steps)
         elif steps:
-            count += ends * len(steps)
+            encoder += ends * len(steps)
             added = 4 if self.strategy in ("lora", "adalora") else 2
-            count += added * (3 * len(steps) + len(every))
-        return min(count, self.calibration.kernels)
-
-    def _matrix_kinds(self) -> int:
-        """Different pairs of ends among a layer's matrices."""
-        shape = self.shape
-        if shape.model_type == "modernbert":
-            return 4
-        if not shape.gated:
-            return 3
-        return 4 if shape.attention_width == shape.width else 5
+            encoding += added * len(every)
+            encoder += added * 3 * len(steps)
+        return {"hidden states": ends * len(below), "encoding": encoding, "encoder": encoder}
 
     def _step_rows(self) -> set[int]:
         """Rows of the batches that the encoder sees in its steps, by drawing some."""
@@ -420,9 +417,18 @@ class _Training:
 
     def stages(self) -> tuple[Stage, ...]:
         """The work from start to end."""
+        repeats = self._repeats()
+        found = [Stage("start", 1, 0.0, 0.0, self.calibration.start_seconds)]
+        for name, work in self.works().items():
+            if repeats[name]:
+                found.append(self._stage(name, repeats[name], work))
+        return tuple(found)
+
+    def _repeats(self) -> dict[str, int]:
+        """How often each stage is done."""
         workload, schedule = self.workload, self.config.schedule
         learning = schedule.encoder_epochs if self.learns else 0
-        repeats = {
+        return {
             "hidden states": 1,
             "head": schedule.head_epochs * math.ceil(workload.clicks / schedule.head_batch_size),
             "encoder": learning * math.ceil(workload.clicks / schedule.encoder_batch_size),
@@ -430,11 +436,6 @@ class _Training:
             "encoding": 1 + learning,
             "validation": schedule.head_epochs + learning,
         }
-        found = [Stage("start", 1, 0.0, 0.0, self.calibration.start_seconds)]
-        for name, work in self.works().items():
-            if repeats[name]:
-                found.append(self._stage(name, repeats[name], work))
-        return tuple(found)
 
     def works(self) -> dict[str, Work]:
         """The work of one repeat of each stage."""
@@ -450,6 +451,10 @@ class _Training:
         above = self.learning_layers if self.keeps_states else self.shape.layers
         found["encoding"] = self._encode(workload.items, above, backward=False)
         found["validation"] = self._score(workload.validation_impressions * workload.slate)
+        repeats = self._repeats()
+        for name, count in self.compiled().items():
+            if name in found:
+                found[name].kernels = count / max(1, repeats[name])
         return found
 
     def _encode(self, texts: int, layers: int, *, backward: bool, padded: bool = True) -> Work:
@@ -515,6 +520,7 @@ class _Training:
         seconds += work.float_flops / (float_rate * factors.share("fp32", width))
         seconds += work.bytes / (bandwidth * factors.bandwidth_share)
         seconds += work.operators * factors.operator_seconds
+        seconds += work.kernels * COMPILING_SECONDS
         return Stage(name, repeats, work.flops + work.float_flops, limit, seconds)
 
     def plan(self) -> TrainingPlan:
@@ -555,12 +561,14 @@ class Work:
         float_flops: Those of the user model, which stays in float32.
         bytes: Bytes moved by element-wise work.
         operators: Operators started.
+        kernels: Matrix products that are compiled first, spread over all repeats.
     """
 
     flops: float = 0.0
     float_flops: float = 0.0
     bytes: float = 0.0
     operators: float = 0.0
+    kernels: float = 0.0
 
     def add(self, other: Work) -> None:
         """Add the work of another stretch."""
@@ -568,6 +576,7 @@ class Work:
         self.float_flops += other.float_flops
         self.bytes += other.bytes
         self.operators += other.operators
+        self.kernels += other.kernels
 
 
 def _rounded(parts: Mapping[str, float]) -> dict[str, int]:

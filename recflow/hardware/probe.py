@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from recflow.core.errors import HardwareError
-from recflow.hardware.calibration import Calibration, default_calibration
+from recflow.hardware.calibration import COMPILING_SECONDS, Calibration, default_calibration
 from recflow.hardware.device import Device
 from recflow.hardware.planner import Work, plan_training, training_work
 from recflow.hardware.shape import EncoderShape
@@ -239,6 +239,7 @@ def _fit_seconds(
 
     rows: list[list[float]] = []
     widths: list[int] = []
+    shares: list[float] = []
     for report, encoder, values in runs:
         shape, config, workload = _plan_parts(encoder, values, threads)
         works = training_work(shape, config, workload, device, calibration)
@@ -250,23 +251,25 @@ def _fit_seconds(
             row = _features(work, device, half)
             rows.append([value / seconds for value in row])
             widths.append(shape.width)
-    # Each row says: what the factors make of this stage is once the seconds it took.
+            shares.append(max(0.0, 1 - work.kernels * COMPILING_SECONDS / seconds))
+    # Each row says: what the factors make of this stage is once the seconds it took, less those in
+    # which products were compiled.
     solve = cast("Callable[..., tuple[list[float], float]]", nnls)
     table = np.array(rows)
     fits: list[tuple[float, float, list[float]]] = []
     for half_width in range(0, _WIDEST_HALF + 1, _HALF_STEP):
         slower = np.ones_like(table)
         slower[:, :_PRODUCTS] += (half_width / np.array(widths))[:, None]
-        inverse, error = solve(table * slower, np.ones(len(table)))
+        inverse, error = solve(table * slower, np.array(shares))
         fits.append((error, float(half_width), [float(value) for value in inverse]))
     _, half_width, inverse = min(fits)
     half_inverse, float_inverse, bytes_inverse, operator = inverse
-    shares = {"fp32": _share(float_inverse)}
+    matrices = {"fp32": _share(float_inverse)}
     if device.supports("bf16"):
-        shares["bf16"] = _share(half_inverse)
+        matrices["bf16"] = _share(half_inverse)
     return replace(
         calibration,
-        matrix_share=shares,
+        matrix_share=matrices,
         half_width=half_width,
         bandwidth_share=_share(bytes_inverse),
         operator_seconds=operator,

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from recflow.core.errors import ConfigError
 from recflow.hardware.activations import layer_saves
-from recflow.hardware.calibration import Calibration, default_calibration
+from recflow.hardware.calibration import COMPILING_SECONDS, Calibration, default_calibration
 from recflow.hardware.device import Device, Precision
 from recflow.hardware.plan import Memory, Stage, TrainingPlan
 from recflow.hardware.shape import EncoderShape
@@ -51,7 +51,6 @@ _MODELS: Final = 13  # of the family that recflow comes with
 
 # Measured: see the benchmark recflow_tests.benchmarks.step_plan.
 _KERNEL_ROW: Final = 490.0  # bytes for a row of a product, beside half a kernel of the mean size
-_COMPILING_SECONDS: Final = 0.8e-3  # of one kernel
 _LOADING_SECONDS: Final = 3.0  # of encoders, tokens and tables, and of writing what is made
 _PADDED_SLATES: Final = 2.0  # candidates scored for one that there is
 _LEFT_BY_SCORING: Final = 0.65
@@ -438,10 +437,9 @@ class _Run:
 
     def compile(self, shape: EncoderShape, rows: set[int], backward: bool, widths: int = 0) -> None:
         """Note the kernels of products with so many rows."""
-        w, a, k, c = shape.width, shape.attention_width, shape.key_value_width, shape.channels
-        kinds = {(w, a), (w, k), (a, w), (w, c), (c, w)}
+        kinds = shape.matrix_kinds
         if widths:
-            kinds = {(number, w) for number in range(widths)}
+            kinds = frozenset((number, shape.width) for number in range(widths))
         new = {(row, *kind, backward) for row in rows for kind in kinds} - self.products
         self.compilations += len(new) * (3 if backward else 1)
         self.products |= new
@@ -482,7 +480,7 @@ class _Run:
         self.stages.append(Stage("loading", 1, 0.0, 0.0, _LOADING_SECONDS))
         if self.compilations:
             self.stages.append(
-                Stage("kernels", float(self.compilations), 0.0, 0.0, _COMPILING_SECONDS)
+                Stage("kernels", float(self.compilations), 0.0, 0.0, COMPILING_SECONDS)
             )
         return TrainingPlan(
             device=self.device,

@@ -20,6 +20,9 @@ from recflow.hardware.device import Device
 COMPILING_SECONDS: Final = 0.8e-3
 """Of one matrix product of a new shape: see the benchmark recflow_tests.benchmarks.step_plan."""
 
+WORKING_BYTES: Final = 50 << 20
+"""Buffers of threads and libraries, from the first text encoded on."""
+
 _LAYOUT: Final = 2
 _MEBIBYTE: Final = 1 << 20
 

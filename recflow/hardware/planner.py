@@ -33,7 +33,12 @@ from typing import Final
 
 from recflow.core.errors import ConfigError
 from recflow.hardware.activations import adapter_saves, layer_saves
-from recflow.hardware.calibration import COMPILING_SECONDS, Calibration, default_calibration
+from recflow.hardware.calibration import (
+    COMPILING_SECONDS,
+    WORKING_BYTES,
+    Calibration,
+    default_calibration,
+)
 from recflow.hardware.device import Device, Precision
 from recflow.hardware.plan import Memory, Stage, TrainingPlan
 from recflow.hardware.shape import EncoderShape
@@ -47,6 +52,7 @@ _SEGMENT_BYTES: Final = 64 * 1024**2  # of hidden states, serialised with two co
 _SEGMENT_COPIES: Final = 4.0  # states, joined, serialised, and being written
 _FILL_TOKENS: Final = 512  # tokens that are run together when hidden states are computed
 _DRAWN_STEPS: Final = 64
+_LEARNING_BYTES: Final = 57 << 20  # PyTorch's own, once a gradient was computed and AdamW stepped
 _HEAD_WIDTH: Final = 32  # hidden width of the user model's small networks
 _CATEGORY_WIDTH: Final = 16
 
@@ -288,7 +294,10 @@ class _Training:
         moments["saving"] = self._held() | {
             "temporary": _FLOAT * (self.shape.parameters + self.added_parameters)
         }
-        held = {name: self._on_host(parts) for name, parts in moments.items()}
+        held = {
+            name: self._on_host(parts, learns=name != "hidden states")
+            for name, parts in moments.items()
+        }
         largest = max(held, key=lambda name: sum(held[name].values()))
         return Memory(_rounded(held[largest]), moment=largest)
 
@@ -347,8 +356,8 @@ class _Training:
             strategy.get(self.strategy, "plain"),
         )
 
-    def _on_host(self, parts: Mapping[str, float]) -> dict[str, float]:
-        """Add what every process holds in the machine's memory."""
+    def _on_host(self, parts: Mapping[str, float], *, learns: bool = True) -> dict[str, float]:
+        """Add what every process holds in the machine's memory; ``learns`` once steps are taken."""
         learning = self.learning_parameters if self.learns else 0
         whole = dict(parts)
         whole["best weights"] = _FLOAT * (learning + self.head_parameters)
@@ -356,6 +365,7 @@ class _Training:
         # As they are read, and as arrays of row numbers.
         whole["tables"] = self.workload.table_bytes * 2.0
         whole["context"] = float(self.calibration.context_bytes)
+        whole["libraries"] = WORKING_BYTES + (_LEARNING_BYTES if learns else 0.0)
         whole["kernels"] = self.kernels() * self.calibration.kernel_bytes
         # Processes of one machine map the same files.
         shared = ("hidden states",)
@@ -443,7 +453,7 @@ class _Training:
         found: dict[str, Work] = {}
         if self.keeps_states:
             found["hidden states"] = self._encode(
-                workload.items, self.constant_layers, backward=False, padded=False
+                workload.items, self.constant_layers, backward=False, padded=False, constant=True
             )
         found["head"] = self._user_step(schedule.head_batch_size)
         if self.learns:
@@ -457,8 +467,16 @@ class _Training:
                 found[name].kernels = count / max(1, repeats[name])
         return found
 
-    def _encode(self, texts: int, layers: int, *, backward: bool, padded: bool = True) -> Work:
-        """Work of running texts through some layers."""
+    def _encode(
+        self,
+        texts: int,
+        layers: int,
+        *,
+        backward: bool,
+        padded: bool = True,
+        constant: bool = False,
+    ) -> Work:
+        """Work of running texts through some layers; ``constant`` ones lie below all that learn."""
         shape = self.shape
         buckets = self.buckets(texts) if padded else [(texts, round(self.lengths.mean))]
         work = Work()
@@ -473,17 +491,36 @@ class _Training:
                 if self.config.speed.gradient_checkpointing:
                     passes += 1.0
             work.flops += layers * (matrices * passes + attention * (3.5 if backward else 1.0))
-            moved = layer_saves(shape, self.half).per_token * tokens
-            work.bytes += layers * moved * (4.0 if backward else 1.5)
+            saved = layer_saves(shape, self.half)
+            work.bytes += layers * saved.bytes(tokens, length) * (4.0 if backward else 1.5)
+            beside = self._moved_beside(tokens, constant=constant)
+            work.bytes += layers * beside * (3.0 if backward else 1.0)
             work.operators += layers * (120 if backward else 35)
         return work
+
+    def _moved_beside(self, tokens: float, *, constant: bool) -> float:
+        """Bytes that one layer moves forwards for nothing that is kept.
+
+        Rotating queries and keys goes over them ten times (negate, join, two products, a sum), in
+        float32. A low-rank matrix adds to the output of its matrix: its input is read, rounded and
+        taken to few numbers; what these make is scaled and added, about 12 bytes for each number
+        of the two ends.
+        """
+        shape, moved = self.shape, 0.0
+        if shape.is_rotated:
+            moved += 10.0 * _FLOAT * (shape.attention_width + shape.key_value_width)
+        if self.strategy in ("lora", "adalora") and not constant:
+            w, a, k, c = shape.width, shape.attention_width, shape.key_value_width, shape.channels
+            moved += 12.0 * sum(self._matrix_ends(w, a, k, c))
+        return moved * tokens
 
     def _encoder_step(self) -> Work:
         work = Work()
         for _ in range(self.micro):
             work.add(self._encode(self.texts_per_part, self.learning_layers, backward=True))
             if not self.keeps_states and self.constant_layers:
-                work.add(self._encode(self.texts_per_part, self.constant_layers, backward=False))
+                layers = self.constant_layers
+                work.add(self._encode(self.texts_per_part, layers, backward=False, constant=True))
         work.add(self._user_step(self.clicks_per_step))
         # AdamW reads and writes weights, gradients and two moments, about ten passes.
         work.bytes += 10 * _FLOAT * self.learning_parameters

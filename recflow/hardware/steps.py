@@ -27,7 +27,12 @@ from typing import Any, Final
 
 from recflow.core.errors import ConfigError
 from recflow.hardware.activations import layer_saves
-from recflow.hardware.calibration import COMPILING_SECONDS, Calibration, default_calibration
+from recflow.hardware.calibration import (
+    COMPILING_SECONDS,
+    WORKING_BYTES,
+    Calibration,
+    default_calibration,
+)
 from recflow.hardware.device import Device, Precision
 from recflow.hardware.plan import Memory, Stage, TrainingPlan
 from recflow.hardware.shape import EncoderShape
@@ -55,7 +60,6 @@ _LOADING_SECONDS: Final = 3.0  # of encoders, tokens and tables, and of writing 
 _PADDED_SLATES: Final = 2.0  # candidates scored for one that there is
 _LEFT_BY_SCORING: Final = 0.65
 _UNLIKE_BATCHES: Final = 1.6  # heap beside that of a training whose batches are alike
-_WORKING: Final = 50 << 20  # buffers of threads and libraries, from the first text encoded on
 _SESSION: Final = 1.27  # ONNX Runtime's memory of a float32 graph, for a byte of it
 _LEFT_BY_MODEL: Final = 0.35  # of its weights, when a model has been let go of
 
@@ -253,7 +257,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.held["context"] = self.calibration.context_bytes
-        self.held["context"] += _WORKING
+        self.held["context"] += WORKING_BYTES
         self.held["tables"] = self.workload.table_bytes * 2.0
         self.stages.append(Stage("start", 1, 0.0, 0.0, self.calibration.start_seconds))
 

@@ -223,45 +223,52 @@ def _plan_parts(
     return shape, config, _workload(config)
 
 
-def _fit_seconds(
-    runs: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]],
-    device: Device,
-    calibration: Calibration,
-    threads: int,
-) -> Calibration:
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A stage whose seconds were measured.
+
+    Attributes:
+        work: What it asked of the device.
+        seconds: What it took.
+        width: Of the encoder.
+        half: Whether the encoder's matrices were multiplied in bfloat16.
+    """
+
+    work: Work
+    seconds: float
+    width: int
+    half: bool
+
+
+def fit_seconds(timed: Sequence[Timed], device: Device, calibration: Calibration) -> Calibration:
     """Shares of matrix rates and bandwidth, the width that halves them, and seconds an operator.
 
-    For a given half width the stages' seconds are linear in what is left: of a row of half widths
-    the one that leaves the smallest error is taken.
+    For a given half width the seconds are linear in what is left, with a share of a matrix rate of
+    at most 1: of a row of half widths the one that leaves the smallest relative error is taken.
+
+    Args:
+        timed: Stages of a few kinds and widths.
+        device: Whose rates the shares are shares of.
+        calibration: What keeps all other factors.
     """
     import numpy as np
-    from scipy.optimize import nnls  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+    from scipy.optimize import lsq_linear  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
-    rows: list[list[float]] = []
-    widths: list[int] = []
-    shares: list[float] = []
-    for report, encoder, values in runs:
-        shape, config, workload = _plan_parts(encoder, values, threads)
-        works = training_work(shape, config, workload, device, calibration)
-        half = config.speed.precision != "fp32" and device.supports("bf16")
-        for name, seconds in _seconds_of(report).items():
-            work = works.get(name)
-            if work is None or seconds <= 0:
-                continue
-            row = _features(work, device, half)
-            rows.append([value / seconds for value in row])
-            widths.append(shape.width)
-            shares.append(max(0.0, 1 - work.kernels * COMPILING_SECONDS / seconds))
     # Each row says: what the factors make of this stage is once the seconds it took, less those in
     # which products were compiled.
-    solve = cast("Callable[..., tuple[list[float], float]]", nnls)
-    table = np.array(rows)
+    table = np.array(
+        [[each / one.seconds for each in _features(one.work, device, one.half)] for one in timed]
+    )
+    wanted = [max(0.0, 1 - one.work.kernels * COMPILING_SECONDS / one.seconds) for one in timed]
+    widths = np.array([one.width for one in timed])
+    least = [1.0] * _PRODUCTS + [0.0] * (table.shape[1] - _PRODUCTS)
+    solve = cast("Any", lsq_linear)
     fits: list[tuple[float, float, list[float]]] = []
     for half_width in range(0, _WIDEST_HALF + 1, _HALF_STEP):
         slower = np.ones_like(table)
-        slower[:, :_PRODUCTS] += (half_width / np.array(widths))[:, None]
-        inverse, error = solve(table * slower, np.array(shares))
-        fits.append((error, float(half_width), [float(value) for value in inverse]))
+        slower[:, :_PRODUCTS] += (half_width / widths)[:, None]
+        found = solve(table * slower, np.array(wanted), bounds=(least, np.inf), tol=1e-12)
+        fits.append((float(found.cost), float(half_width), [float(each) for each in found.x]))
     _, half_width, inverse = min(fits)
     half_inverse, float_inverse, bytes_inverse, operator = inverse
     matrices = {"fp32": _share(float_inverse)}
@@ -274,6 +281,32 @@ def _fit_seconds(
         bandwidth_share=_share(bytes_inverse),
         operator_seconds=operator,
     )
+
+
+def timed_stages(
+    report: Mapping[str, Any], works: Mapping[str, Work], width: int, half: bool
+) -> list[Timed]:
+    """The stages of a training that were measured one by one; see :class:`Timed`."""
+    return [
+        Timed(works[name], seconds, width, half)
+        for name, seconds in _seconds_of(report).items()
+        if name in works and seconds > 0
+    ]
+
+
+def _fit_seconds(
+    runs: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]],
+    device: Device,
+    calibration: Calibration,
+    threads: int,
+) -> Calibration:
+    timed: list[Timed] = []
+    for report, encoder, values in runs:
+        shape, config, workload = _plan_parts(encoder, values, threads)
+        works = training_work(shape, config, workload, device, calibration)
+        half = config.speed.precision != "fp32" and device.supports("bf16")
+        timed += timed_stages(report, works, shape.width, half)
+    return fit_seconds(timed, device, calibration)
 
 
 def _features(work: Work, device: Device, half: bool) -> list[float]:

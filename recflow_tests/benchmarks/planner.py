@@ -25,7 +25,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from recflow.adapters.planning import PEAK_MEMORY, PlannedTraining, measured_beside
 from recflow.core.artifacts import write_text_atomically
+from recflow.hardware.calibration import Calibration, default_calibration, save_calibration
 from recflow.hardware.plan import Measured
+from recflow.hardware.planner import training_work
+from recflow.hardware.probe import Timed, fit_seconds, timed_stages
 from recflow.modeling.config import TrainingConfig, with_values
 from recflow.modeling.reports import TrainingReport
 from recflow.modeling.texts import TOKENIZER_NAME
@@ -206,6 +209,67 @@ class Compared:
     others: dict[str, int | None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """One configuration with its plan, and with what measuring it needs."""
+
+    encoder: str
+    name: str
+    base: Path
+    config: TrainingConfig
+    plan: PlannedTraining
+    job: dict[str, Any]
+
+
+def _plans(
+    settings: Settings,
+    threads: int,
+    calibration: Path | None,
+    results: Mapping[str, Any],
+    keys: Collection[str],
+) -> Iterator[_Planned]:
+    """Plan configurations; encoders get weights where there is no result yet."""
+    from recflow.adapters.artifact_store import ArtifactStore
+    from recflow.adapters.planning import PlanningConfig, plan_of_training
+    from recflow.adapters.snapshots import load_snapshot
+
+    snapshot = str(settings.last_day)
+    data = load_snapshot(ArtifactStore(settings.store_dir), snapshot)
+    real = Path(settings.base_model)
+    with tempfile.TemporaryDirectory(prefix="recflow-planner-") as folder:
+        for encoder, name, own in GRID:
+            key = key_of(encoder, name)
+            if key not in keys:
+                continue
+            sizes, base = ENCODERS[encoder], real
+            if sizes is not None:
+                kind = "planned" if key in results else "trained"
+                base = Path(folder) / f"{encoder.replace(' ', '_')}-{kind}"
+                if not base.exists():
+                    tokenizer = real / TOKENIZER_NAME
+                    write_encoder(base, sizes, tokenizer, weights=key not in results)
+            values = {**_COMMON, **own}
+            config = with_values(TrainingConfig(threads=threads), values)
+            plan = plan_of_training(
+                items=data.items,
+                train=data.splits.train,
+                validation=data.splits.validation,
+                base_model=base,
+                config=config,
+                planning=PlanningConfig("go_on", calibration),
+                other_table_bytes=int(data.splits.test.estimated_size()),
+                in_new_process=True,
+            )
+            job = {
+                "store": str(settings.store_dir),
+                "snapshot": snapshot,
+                "base_model": str(base),
+                "threads": threads,
+                "values": values,
+            }
+            yield _Planned(encoder, name, base, config, plan, job)
+
+
 def compare(
     settings: Settings,
     threads: int,
@@ -222,59 +286,41 @@ def compare(
         results: Reports by configuration; what is missing is measured and put there.
         keys: The configurations; see :func:`key_of`.
     """
-    from recflow.adapters.artifact_store import ArtifactStore
-    from recflow.adapters.planning import PlanningConfig, plan_of_training
-    from recflow.adapters.snapshots import load_snapshot
+    for planned in _plans(settings, threads, calibration, results, keys):
+        key, plan = key_of(planned.encoder, planned.name), planned.plan.plan
+        if key not in results:
+            results[key] = in_own_process(__spec__.name, "--measure", planned.job)
+        report = TrainingReport.from_dict(results[key])
+        rows = {row.name: row for row in measured_beside(plan, report)}
+        yield Compared(
+            planned.encoder,
+            planned.name,
+            memory=rows[PEAK_MEMORY],
+            steps={
+                phase: rows[f"{phase} step"]
+                for phase in ("head", "encoder")
+                if f"{phase} step" in rows
+            },
+            context=plan.memory.parts["context"],
+            others=_others(planned.base, planned.config, planned.plan),
+        )
 
-    planning = PlanningConfig("go_on", calibration)
-    snapshot = str(settings.last_day)
-    data = load_snapshot(ArtifactStore(settings.store_dir), snapshot)
-    real = Path(settings.base_model)
-    with tempfile.TemporaryDirectory(prefix="recflow-planner-") as folder:
-        for encoder, name, own in GRID:
-            key = key_of(encoder, name)
-            if key not in keys:
-                continue
-            sizes, base = ENCODERS[encoder], real
-            if sizes is not None:
-                kind = "planned" if key in results else "trained"
-                base = Path(folder) / f"{encoder.replace(' ', '_')}-{kind}"
-                if not base.exists():
-                    write_encoder(base, sizes, real / TOKENIZER_NAME, weights=key not in results)
-            values = {**_COMMON, **own}
-            config = with_values(TrainingConfig(threads=threads), values)
-            planned = plan_of_training(
-                items=data.items,
-                train=data.splits.train,
-                validation=data.splits.validation,
-                base_model=base,
-                config=config,
-                planning=planning,
-                other_table_bytes=int(data.splits.test.estimated_size()),
-                in_new_process=True,
-            )
-            if key not in results:
-                job: dict[str, Any] = {
-                    "store": str(settings.store_dir),
-                    "snapshot": snapshot,
-                    "values": values,
-                }
-                job |= {"base_model": str(base), "threads": threads}
-                results[key] = in_own_process(__spec__.name, "--measure", job)
-            report = TrainingReport.from_dict(results[key])
-            rows = {row.name: row for row in measured_beside(planned.plan, report)}
-            yield Compared(
-                encoder,
-                name,
-                memory=rows[PEAK_MEMORY],
-                steps={
-                    phase: rows[f"{phase} step"]
-                    for phase in ("head", "encoder")
-                    if f"{phase} step" in rows
-                },
-                context=planned.plan.memory.parts["context"],
-                others=_others(base, config, planned),
-            )
+
+def fitted(settings: Settings, threads: int, results: Mapping[str, Any]) -> Calibration:
+    """This machine's factors with those of time fitted to the results of :data:`SEEN` alone."""
+    timed: list[Timed] = []
+    keys = [key for key in results if key in SEEN]
+    for planned in _plans(settings, threads, None, results, keys):
+        device, plan = planned.plan.machine.device, planned.plan
+        works = training_work(
+            plan.shape, planned.config, plan.workload, device, default_calibration(device)
+        )
+        half = planned.config.speed.precision != "fp32" and device.supports("bf16")
+        report = results[key_of(planned.encoder, planned.name)]
+        timed += timed_stages(report, works, plan.shape.width, half)
+    if not timed:
+        raise SystemExit("no configuration that times are fitted to was measured yet; see --seen")
+    return fit_seconds(timed, device, default_calibration(device))
 
 
 def _others(base: Path, config: TrainingConfig, planned: PlannedTraining) -> dict[str, int | None]:
@@ -434,6 +480,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stored", action="store_true", help="only what the results hold")
     parser.add_argument("--seen", action="store_true", help="only what formulas were made with")
     parser.add_argument("--list", action="store_true", help="print the configurations' names")
+    parser.add_argument("--fit", type=Path, help="file for factors of time, fitted to those seen")
     parser.add_argument("--measure", metavar="JOB", help=argparse.SUPPRESS)
     options: Any = parser.parse_args(arguments)
     if options.measure:
@@ -453,6 +500,9 @@ def main(arguments: list[str] | None = None) -> None:
     settings = find_deployment(options.data).settings
     file: Path | None = options.results
     results = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
+    if options.fit:
+        save_calibration(fitted(settings, options.threads, results), options.fit)
+        return
     if options.stored:
         keys = [key for key in keys if key in results]
     rows: list[Compared] = []

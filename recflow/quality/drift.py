@@ -348,8 +348,9 @@ def measure_embeddings(
         return Measure(EMBEDDINGS, note=note)
     if new.vectors is None or known.vectors is None:
         return Measure(EMBEDDINGS, note="no model encodes the items")
-    if len(new.texts) < config.least_items:
-        return Measure(EMBEDDINGS, note=note)
+    fewest = min(len(new.texts), len(known.texts))
+    if fewest < max(config.least_items, _LEAST_COHORT_ITEMS):
+        return Measure(EMBEDDINGS, note=note or f"{fewest} items are too few to tell apart")
     rng = make_rng(config.seed, "classified items")
     cohorts, codes = np.unique(known.first_shown, return_inverse=True)
     usual: list[float] = []

@@ -4,8 +4,8 @@ Run ``python -m recflow_tests.benchmarks.drift [--rows 1000 10000 50000] [--ebne
 simulated in a temporary folder; nothing of them is kept. Three tables:
 
 *False alarms, halves.* The users of one simulated day are cut into two halves; no measure should
-tell them apart. Beside it the usual way: Evidently's ``DataDriftPreset`` with its defaults on one
-row a candidate.
+tell them apart. Beside it the usual ways: Evidently's ``DataDriftPreset`` on one row a candidate,
+with its defaults, and with Kolmogorov-Smirnov and chi-square tests.
 
 *False alarms, days.* A log without any shift: each day against the days before it.
 
@@ -66,6 +66,14 @@ _MAX_HISTORY = 50
 _ITEMS_PER_DAY = 120
 _TOPIC = "sports"
 
+_USUAL_WAYS: Mapping[str, Mapping[str, str]] = {
+    "Evidently's DataDriftPreset": {},
+    "Evidently's DataDriftPreset, KS and chi-square": {
+        "num_method": "ks",
+        "cat_method": "chisquare",
+    },
+}
+
 Shift = Mapping[str, Any]
 SHIFTS: Mapping[str, tuple[Shift, str]] = {
     **{
@@ -101,7 +109,7 @@ class Log:
 
     Attributes:
         rows: One row an impression; ``auc`` and ``ndcg@10`` beside its columns.
-        exploded: One row a candidate, for the usual way; no row unless asked for.
+        exploded: One row a candidate of the last day, for the usual way; no row unless asked for.
         items: ``item_id``, ``text`` and ``time``, when it was first shown.
     """
 
@@ -169,7 +177,8 @@ def described(source: Any, truth: pl.DataFrame | None, *, exploded: bool = False
     rows = rows.join(keys, on=[Rows.IMPRESSION, Rows.DAY], maintain_order="left")
     texts = items.select(Columns.ITEM_ID, Columns.TEXT)
     shown = first_shown(extended).join(texts, on=Columns.ITEM_ID, maintain_order="left")
-    return Log(rows, _exploded(extended, items) if exploded else rows.clear(), shown)
+    last = extended.filter(pl.col(Columns.TIME).dt.date() == days[-1])
+    return Log(rows, _exploded(last, items) if exploded else rows.clear(), shown)
 
 
 def _scored(
@@ -266,8 +275,8 @@ def _item_sample(items: pl.DataFrame) -> ItemSample:
     return ItemSample(items[Columns.TEXT].to_list(), items["first"].to_numpy())
 
 
-def naive(current: pl.DataFrame, reference: pl.DataFrame) -> set[str]:
-    """Names of the columns that alarm in Evidently's preset with its defaults."""
+def naive(current: pl.DataFrame, reference: pl.DataFrame, methods: Mapping[str, str]) -> set[str]:
+    """Names of the columns that alarm in Evidently's preset, with its defaults or other methods."""
     os.environ["DO_NOT_TRACK"] = "1"
     from evidently import DataDefinition, Dataset, Report
     from evidently.presets import DataDriftPreset
@@ -280,7 +289,7 @@ def naive(current: pl.DataFrame, reference: pl.DataFrame) -> set[str]:
         Dataset.from_pandas(side.select(columns).to_pandas(), data_definition=definition)
         for side in (current, reference)
     ]
-    result = Report([DataDriftPreset()], include_tests=True).run(sides[0], sides[1])
+    result = Report([DataDriftPreset(**methods)], include_tests=True).run(sides[0], sides[1])
     found = {
         test["name"].removeprefix("Value Drift for column ")
         for test in result.dict()["tests"]
@@ -291,37 +300,35 @@ def naive(current: pl.DataFrame, reference: pl.DataFrame) -> set[str]:
 
 def halves_table(rows: Sequence[int], repeats: Mapping[int, int]) -> list[str]:
     """False alarms of two halves of a day, ours beside the usual way."""
-    largest = max(rows)
-    log = simulated(_config(3, 3 * 2 * largest, seed=1), exploded=True)
+    log = simulated(_config(3, 3 * 2 * max(rows), seed=1), exploded=True)
     day = log.rows.filter(pl.col(Rows.DAY) == log.days[-1])
-    ours: dict[str, Counter[str]] = {}
-    usual: dict[str, Counter[str]] = {}
-    counts: dict[str, int] = {}
-    naive_counts: dict[str, int] = {}
-    for size in rows:
-        column = f"{size:,} rows"
-        counts[column] = repeats.get(size, _FEW_REPEATS)
-        naive_counts[column] = min(counts[column], _FEW_REPEATS)
-        ours[column], usual[column] = Counter(), Counter()
+    columns = {f"{size:,} rows": size for size in rows}
+    counts = {column: repeats.get(size, _FEW_REPEATS) for column, size in columns.items()}
+    few = dict.fromkeys(columns, _FEW_REPEATS)
+    ours: dict[str, Counter[str]] = {column: Counter() for column in columns}
+    theirs = {name: {column: Counter[str]() for column in columns} for name in _USUAL_WAYS}
+    for column, size in columns.items():
         for number in range(counts[column]):
-            one, other = halves(day, size, number)
-            ours[column].update(compare(one, other, _limits(size)))
-            if number < naive_counts[column]:
-                sides = [
-                    log.exploded.join(side.select(Rows.IMPRESSION), on=Rows.IMPRESSION, how="semi")
-                    for side in (one, other)
-                ]
-                usual[column].update(naive(sides[0], sides[1]))
-    return [
+            sides = halves(day, size, number)
+            ours[column].update(compare(*sides, _limits(size)))
+            if number >= _FEW_REPEATS:
+                continue
+            exploded = [
+                log.exploded.join(side.select(Rows.IMPRESSION), on=Rows.IMPRESSION, how="semi")
+                for side in sides
+            ]
+            for name, methods in _USUAL_WAYS.items():
+                theirs[name][column].update(naive(exploded[0], exploded[1], methods))
+    lines = [
         f"Two halves of a simulated day ({_listed(counts, 'pairs')}): share that alarms",
         "",
         *_table([*MEASURES, DECAY, ANY], ours, counts),
-        "",
-        "The usual way, Evidently's DataDriftPreset on one row a candidate, "
-        f"{_FEW_REPEATS} pairs: share that alarms",
-        "",
-        *_table(sorted({name for found in usual.values() for name in found}), usual, naive_counts),
     ]
+    for name, found in theirs.items():
+        alarming = sorted({measure for column in found.values() for measure in column} - {ANY})
+        title = f"{name}, one row a candidate ({_FEW_REPEATS} pairs): share that alarms"
+        lines += ["", title, "", *_table([*alarming, ANY], found, few)]
+    return lines
 
 
 def days_table(rows: Sequence[int], worlds: int) -> list[str]:

@@ -288,6 +288,9 @@ def test_items_of_another_kind_are_told_apart() -> None:
     apart = measure_embeddings(_of_day(news(9, items=80), same + 2.0), known, CONFIG)
     assert apart.drifted
     assert apart.current == pytest.approx(1.0, abs=0.01)
+    lenient = replace(CONFIG, least_items=1)
+    few = measure_embeddings(_of_day(news(9, items=5), same[:5]), known, lenient)
+    assert (few.value, few.note) == (None, "5 items are too few to tell apart")
 
 
 def test_words_are_runs_of_letters_and_digits() -> None:

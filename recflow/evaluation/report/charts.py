@@ -432,8 +432,9 @@ def _draw_days(
     for number, line in enumerate(lines):
         color, marker, row = palette.series[number], _MARKERS[number], len(lines) - 1 - number
         above.plot(
-            places, line.values, f"{marker}-", color=color, markersize=3.5, linewidth=1.6,
-            label=line.name,
+            places, line.values, f"{marker}-", color=color, markersize=3.5, label=line.name,
+            # Policies that serve the same model coincide: the ones below stay visible.
+            linewidth=1.4 + 1.1 * (len(lines) - 1 - number),
         )  # fmt: skip
         below.plot(line.retrained, [row] * len(line.retrained), marker, color=color, markersize=5)
         below.plot(

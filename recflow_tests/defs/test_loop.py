@@ -266,11 +266,11 @@ def test_the_sensor_of_the_location_asks_its_job(instance: dg.DagsterInstance) -
     repository = defs.get_repository_def()
     sensor = repository.get_sensor_def("retrain_on_drift")
     assert [target.job_name for target in sensor.targets] == ["retrain"]
-    context = dg.build_sensor_context(instance=instance, repository_def=repository)
-    assert sensor.evaluate_tick(context).skip_message == "no day has a drift report yet"
-    found(instance, 8, "hour")
-    found(instance, 9, decayed=True)
-    (request,) = sensor.evaluate_tick(context).run_requests or ()
+    with dg.build_sensor_context(instance=instance, repository_def=repository) as context:
+        assert sensor.evaluate_tick(context).skip_message == "no day has a drift report yet"
+        found(instance, 8, "hour")
+        found(instance, 9, decayed=True)
+        (request,) = sensor.evaluate_tick(context).run_requests or ()
     assert request.partition_key == "2024-01-09"
     assert request.job_name in (None, "retrain")
     assert "the champion ranks worse on 2024-01-09" in request.tags["recflow/reason"]
@@ -337,19 +337,24 @@ def test_reasons_of_any_length_become_tags(instance: dg.DagsterInstance) -> None
 # Nightly and drift
 
 
-def nightly(instance: dg.DagsterInstance, day: int) -> dg.RunRequest | str:
+def tick_of(schedule: str, instance: dg.DagsterInstance, day: int) -> dg.RunRequest | str:
     """The tick in the night that follows a day."""
     repository = defs.get_repository_def()
-    context = dg.build_schedule_context(
+    # Left open, the context would leave its instance to whatever loads definitions next.
+    with dg.build_schedule_context(
         instance=instance,
         repository_def=repository,
         scheduled_execution_time=datetime(2024, 1, day, 3, tzinfo=UTC) + timedelta(days=1),
-    )
-    result = repository.get_schedule_def("nightly").evaluate_tick(context)
+    ) as context:
+        result = repository.get_schedule_def(schedule).evaluate_tick(context)
     if result.run_requests:
         return result.run_requests[0]
     assert result.skip_message
     return result.skip_message
+
+
+def nightly(instance: dg.DagsterInstance, day: int) -> dg.RunRequest | str:
+    return tick_of("nightly", instance, day)
 
 
 def launch(
@@ -417,15 +422,9 @@ def test_every_run_of_a_day_carries_it_however_it_is_started() -> None:
 def test_the_daily_look_at_drift_requests_the_newest_complete_day(
     instance: dg.DagsterInstance,
 ) -> None:
-    repository = defs.get_repository_def()
-    schedule = repository.get_schedule_def("monitor_daily")
-    assert schedule.job.name == "monitor"
-    context = dg.build_schedule_context(
-        instance=instance,
-        repository_def=repository,
-        scheduled_execution_time=datetime(2024, 1, 10, 3, tzinfo=UTC),
-    )
-    (request,) = schedule.evaluate_tick(context).run_requests or ()
+    assert defs.get_repository_def().get_schedule_def("monitor_daily").job.name == "monitor"
+    request = tick_of("monitor_daily", instance, 9)
+    assert isinstance(request, dg.RunRequest)
     assert request.run_key == request.partition_key == "2024-01-09"
     assert request.tags["recflow/snapshot"] == "2024-01-09"
     # It makes no model, and waits for no GPU.

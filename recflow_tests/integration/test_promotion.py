@@ -192,6 +192,8 @@ def started(health: str, log: Path, *arguments: str, **environment: str) -> Iter
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
                 "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
                 "MLFLOW_DISABLE_TELEMETRY": "true",
+                # Jobs of generative AI: seven processes more, for nothing.
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
                 **environment,
             },
             cwd=PROJECT_ROOT,

@@ -125,7 +125,7 @@ class Settings(BaseSettings):
         3, ge=1, le=30, description="Newest days with a drift report that these are counted among"
     )
     retrain_cooldown_days: int = Field(
-        2, ge=0, description="Days that must lie between the snapshots of two retrainings"
+        0, ge=0, description="Days that must lie between the snapshots of two retrainings"
     )
     retrain_settle_days: int = Field(
         7,

@@ -36,7 +36,7 @@ class TriggerPolicy:
 
     days_needed: int = 2
     days_looked_at: int = 3
-    cooldown_days: int = 2
+    cooldown_days: int = 0
     decay_at_once: bool = True
     settle_days: int = 7
 

@@ -287,10 +287,12 @@ def test_a_rollback_by_command_and_one_by_job(approved: World) -> None:
     assert champion is not None
     assert champion.snapshot == FIRST
 
-    config = {"ops": {"roll_back_champion": {"config": {"reason": "it was the weather"}}}}
+    config = approved.home / "rollback.yaml"
+    reason = {"reason": "it was the weather"}
+    config.write_text(json.dumps({"ops": {"roll_back_champion": {"config": reason}}}))
     done = approved.run(
         *("-m", "dagster", "job", "execute", "-m", "recflow.definitions", "-j", "rollback"),
-        *("--config-json", json.dumps(config)),
+        *("--config", str(config)),
     )
     assert done.returncode == 0, done.stderr
     assert approved.registry.aliases() == {"champion": "2", "previous_champion": "1"}

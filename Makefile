@@ -15,7 +15,7 @@ FIND_LINKS = $(or $(PIP_FIND_LINKS),$(call PIP_SETTING,global.find-links))
 INDEX_URL = $(or $(PIP_INDEX_URL),$(call PIP_SETTING,global.index-url))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo dev test test-integration check format bench-reading bench-load bench-train bench-strategies bench-compress bench-planner bench-serving-plan bench-movielens backtest screenshots clean
+.PHONY: help install lock demo dev test test-integration check format bench-reading bench-load bench-train bench-strategies bench-compress bench-planner bench-serving-plan bench-movielens bench-drift backtest screenshots clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ bench-serving-plan: $(READY) ## What serving takes, predicted beside measured, o
 
 bench-movielens: $(READY) ## MovieLens-100K by the field's protocols (needs `make demo` once)
 	$(BIN)/python -m recflow_tests.benchmarks.movielens
+
+bench-drift: $(READY) ## False alarms of drift, and which shifts it finds (DIR=EB-NeRD adds its days)
+	$(BIN)/python -m recflow_tests.benchmarks.drift $(if $(DIR),--ebnerd "$(DIR)")
 
 backtest: $(READY) ## Never, nightly or on drift: walk simulated days (about 20 min), or DATA=ebnerd DIR=logs
 	@$(BIN)/recflow backtest $(if $(DIR),--data "$(DATA)" --dir "$(DIR)") $(ARGS)

@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 
 from recflow.cli_backtest import backtest
+from recflow.cli_loop import app as loop_app
 from recflow.cli_promotion import add_promotion_commands
 from recflow.core.errors import RecflowError
-from recflow.loop_cli import app as loop_app
 
 app = typer.Typer(
     help="A text-based recommender from raw click logs to an evaluated, affordable model.",

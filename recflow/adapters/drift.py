@@ -461,6 +461,7 @@ def decays_of(current: pl.DataFrame, reference: pl.DataFrame, config: DriftConfi
             reference=_mean(test, name),
             replicates=differences[:, column],
             day_values=by_day[name].to_list(),
+            test_days=test[Rows.DAY].n_unique(),
             config=config,
         )
         for column, name in enumerate(DECAY_METRICS)

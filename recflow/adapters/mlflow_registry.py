@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import getpass
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Generator, Mapping, Sequence
@@ -61,7 +62,7 @@ class Audit:
     """
 
     reason: str
-    who: str = field(default_factory=getpass.getuser)
+    who: str = field(default_factory=lambda: _user())
     run: str = ""
 
 
@@ -511,7 +512,7 @@ class ModelRegistry:
                 version.run_id, f"{folder}/{BUNDLE_PATH}", str(draft)
             )
             shutil.rmtree(target, ignore_errors=True)
-            Path(fetched).rename(target)
+            _move(Path(fetched), target)
         except (OSError, MlflowException) as error:
             raise ArtifactError(
                 f"the files of version {version.version} of {self.name} cannot be read from "
@@ -534,6 +535,22 @@ def require_ranker(bundle: Artifact, digest: str) -> Artifact:
             "model than the one that was put forward"
         )
     return ranker
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        source.rename(target)
+    except OSError:
+        # Another process was quicker; what it brought is verified as well.
+        if not target.is_dir():
+            raise
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container, a user may have no name
+        return f"user {os.getuid()}"
 
 
 def _verified(target: Path, version: ModelVersion) -> None:

@@ -22,13 +22,7 @@ from recflow.core.columns import Columns
 from recflow.core.errors import ContractError, HardwareError
 from recflow.hardware.calibration import Calibration, load_calibration
 from recflow.hardware.device import GIB, Device
-from recflow.hardware.machine import (
-    FreeMemory,
-    free_memory,
-    own_memory,
-    this_machine,
-    with_measured_rates,
-)
+from recflow.hardware.machine import FreeMemory, free_memory, own_memory, this_machine
 from recflow.hardware.plan import Advice, Measured, Memory, TrainingPlan, gib
 from recflow.hardware.planner import plan_training
 from recflow.hardware.shape import EncoderShape
@@ -250,7 +244,7 @@ def _machine(chosen: torch.device, planning: PlanningConfig) -> Machine:
     # Only a GPU's context is in a driver: a processor's factors say nothing of a GPU.
     if calibration is None or (calibration.device_context_bytes > 0) != device.is_gpu:
         return Machine(device, None, accelerator)
-    return Machine(with_measured_rates(device, calibration), calibration, accelerator)
+    return Machine(device, calibration, accelerator)
 
 
 def training_workload(

@@ -74,7 +74,8 @@ class Webhook:
         attempts: How often a message is posted at most.
         timeout: Seconds that a server may be silent.
         pause: Seconds before the second attempt; twice as long before each further one.
-        patience: Seconds after which the sender goes on, whatever the server does.
+        patience: Seconds after which the sender goes on, whatever the server does. Dagster lets a
+            sensor handle five runs a tick, and a tick take a minute.
     """
 
     url: str

@@ -31,8 +31,8 @@ TRAIN_TAGS = run_tags(
         *(family.key(name) for name in family.variants),
     ]
 )
-# However such a run is started, its tag lets the run queue start one at a time for a snapshot.
-_TRAINING = dg.PartitionedConfig(
+# However a run of one day is started, its tag lets the run queue start one at a time for the day.
+_ONE_DAY = dg.PartitionedConfig(
     partitions_def=DAILY,
     run_config_for_partition_key_fn=lambda _: _CONSOLE,
     tags_for_partition_key_fn=lambda day: {SNAPSHOT_TAG: day},
@@ -47,27 +47,28 @@ ingest_job = dg.define_asset_job(
 monitor_job = dg.define_asset_job(
     "monitor",
     selection=dg.AssetSelection.groups(*INGEST_GROUPS, "monitoring"),
-    config=_CONSOLE,
+    config=_ONE_DAY,
     description="Ingest one day and measure how far it is from the days of the champion.",
 )
 train_job = dg.define_asset_job(
     "train",
     selection=dg.AssetSelection.groups(*TRAIN_GROUPS),
-    config=_TRAINING,
+    config=_ONE_DAY,
     tags=TRAIN_TAGS,
-    description="Split, train, compress and evaluate the snapshot that ends with the day; promote.",
+    description="Split, train, compress and evaluate the snapshot that ends with the day, and "
+    "promote its candidate.",
 )
 full_job = dg.define_asset_job(
     "full",
     selection=dg.AssetSelection.groups(*INGEST_GROUPS, *TRAIN_GROUPS),
-    config=_TRAINING,
+    config=_ONE_DAY,
     tags=TRAIN_TAGS,
     description="Everything for one day: ingest it, then train the snapshot that ends with it.",
 )
 retrain_job = dg.define_asset_job(
     "retrain",
     selection=dg.AssetSelection.groups(*TRAIN_GROUPS),
-    config=_TRAINING,
+    config=_ONE_DAY,
     tags=TRAIN_TAGS,
     description="What the sensor retrain_on_drift launches: as train, for days that are ingested.",
 )

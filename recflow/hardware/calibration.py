@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,13 @@ from recflow.core.artifacts import write_text_atomically
 from recflow.core.errors import ConfigError
 from recflow.hardware.device import Device
 
-_LAYOUT: Final = 1
+COMPILING_SECONDS: Final = 0.8e-3
+"""Of one matrix product of a new shape: see the benchmark recflow_tests.benchmarks.step_plan."""
+
+WORKING_BYTES: Final = 50 << 20
+"""Buffers of threads and libraries, from the first text encoded on."""
+
+_LAYOUT: Final = 2
 _MEBIBYTE: Final = 1 << 20
 
 
@@ -28,7 +34,10 @@ class Calibration:
     Attributes:
         device: Name of the device, or of the machine that was measured.
         is_measured: Whether the factors were fitted to runs on such a device.
-        matrix_share: Share of the matrix rate that an encoder's matrices reach, by precision.
+        matrix_share: Share of the matrix rate that an encoder's matrices reach the more closely the
+            wider they are, by precision.
+        half_width: Width of an encoder at which half of that share is reached; 0 where the width
+            makes no difference.
         bandwidth_share: Share of the bandwidth that element-wise work reaches.
         operator_seconds: Seconds every operator takes beside its work: dispatch, launch.
         start_seconds: Seconds until a training process has imported and loaded everything.
@@ -42,14 +51,12 @@ class Calibration:
             bfloat16, and keeps a limited number.
         kernels: That number.
         source: Where the factors are from.
-        teraflops: Matrix rates that were measured on the machine itself, by precision; empty where
-            those of the catalogue count.
-        bandwidth_gb_s: The machine's measured bandwidth; ``None`` where the catalogue's counts.
     """
 
     device: str
     is_measured: bool
     matrix_share: Mapping[str, float]
+    half_width: float
     bandwidth_share: float
     operator_seconds: float
     start_seconds: float
@@ -59,12 +66,21 @@ class Calibration:
     kernel_bytes: int
     kernels: int
     source: str
-    teraflops: Mapping[str, float] = field(default_factory=lambda: {})
-    bandwidth_gb_s: float | None = None
 
-    def share(self, precision: str) -> float:
-        """Share of the matrix rate that is reached in a precision."""
-        return self.matrix_share.get(precision, min(self.matrix_share.values()))
+    def share(self, precision: str, width: float) -> float:
+        """Share of the matrix rate that encoders of a width reach in a precision.
+
+        A product's blocks are copied and its sums started and written once for as many operations
+        as its inner dimension has; Hockney's ``r = r_inf / (1 + n_half / n)`` (Hockney and
+        Jesshope 1988, Parallel Computers 2) has one number for all of that: the length
+        at which half of the rate is reached.
+
+        Args:
+            precision: What is multiplied.
+            width: Width of the hidden states.
+        """
+        widest = self.matrix_share.get(precision, min(self.matrix_share.values()))
+        return widest / (1 + self.half_width / width)
 
     def speaks_for(self, device: Device, known: Collection[str]) -> bool:
         """Whether the factors count for a device.
@@ -128,36 +144,40 @@ def load_calibration(file: Path) -> Calibration:
 _MEASURED_CPU: Final = Calibration(
     device="cpu",
     is_measured=True,
-    matrix_share={"fp32": 0.41, "bf16": 0.41},
-    bandwidth_share=0.25,
-    operator_seconds=30e-6,
+    matrix_share={"fp32": 0.99, "bf16": 1.0},
+    half_width=840.0,
+    bandwidth_share=0.35,
+    operator_seconds=47e-6,
     start_seconds=10.0,
-    context_bytes=550 * _MEBIBYTE,
+    context_bytes=566 * _MEBIBYTE,
     device_context_bytes=0,
     heap={
-        "bert fp32 plain": 1.15,
+        "bert fp32 plain": 1.14,
         "bert bf16 plain": 1.25,
-        "bert fp32 low-rank": 2.04,
-        "bert bf16 low-rank": 1.62,
-        "bert fp32 adapters": 1.48,
-        "bert bf16 adapters": 1.41,
-        "modernbert fp32 plain": 1.40,
-        "modernbert bf16 plain": 1.63,
-        "modernbert fp32 low-rank": 1.94,
-        "modernbert bf16 low-rank": 1.77,
-        "decoder fp32 plain": 1.20,
-        "decoder bf16 plain": 1.30,
-        "decoder fp32 low-rank": 1.72,
-        "decoder bf16 low-rank": 1.56,
+        "bert fp32 low-rank": 2.10,
+        "bert bf16 low-rank": 1.61,
+        "bert fp32 adapters": 1.44,
+        "bert bf16 adapters": 1.40,
+        "modernbert fp32 plain": 1.41,
+        "modernbert bf16 plain": 1.64,
+        "modernbert fp32 low-rank": 1.97,
+        "modernbert bf16 low-rank": 1.73,
+        "decoder fp32 plain": 1.22,
+        "decoder bf16 plain": 1.29,
+        "decoder fp32 low-rank": 1.84,
+        "decoder bf16 low-rank": 1.50,
     },
     kernel_bytes=round(0.6 * _MEBIBYTE),
     kernels=1_024,
-    source="`recflow probe` on two virtual cores of an AMD EPYC (Zen 5), 2 threads, 9 trainings",
+    # Times: the half of the grid of docs/planner.md that formulas were made with.
+    source="memory: `recflow probe`; times: `python -m recflow_tests.benchmarks.planner --fit`, 11 "
+    "trainings; two virtual cores of an AMD EPYC (Zen 5), 2 threads, while other programs ran",
 )
 _ASSUMED_GPU: Final = Calibration(
     device="gpu",
     is_measured=False,
     matrix_share={"fp32": 0.5, "tf32": 0.35, "bf16": 0.3},
+    half_width=0.0,
     bandwidth_share=0.6,
     operator_seconds=10e-6,
     start_seconds=30.0,

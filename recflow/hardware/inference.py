@@ -240,7 +240,8 @@ class _Serving:
         self.executed: Precision = _executed(model, device)
         usual = default_calibration(device)
         own = calibration or usual
-        self.matrix_ratio = own.share(self.executed) / usual.share(self.executed)
+        width = model.shape.width
+        self.matrix_ratio = own.share(self.executed, width) / usual.share(self.executed, width)
         self.bandwidth_ratio = own.bandwidth_share / usual.bandwidth_share
         self.is_scoring = workload.candidates > 0
         self.vector_bytes = (
@@ -444,13 +445,19 @@ class _Serving:
         return seconds + texts * self.factors.text_seconds
 
     def score_seconds(self) -> float:
-        """Seconds to rank the candidates of one user."""
+        """Seconds a user of a busy machine takes to have candidates ranked.
+
+        What a ranking takes beside its arithmetic is the interpreter's work on one core; the other
+        cores meanwhile do the same for other users, in processes of their own.
+        """
         if not self.is_scoring:
             return 0.0
+        at_once = self.device.cores if self.threads is None else self.threads
         speed = self.factors.speed(TORCH, "fp32", half=False)
         rate = self.device.teraflops["fp32"] * 1e12 * self.thread_share * speed.matrix_share
         bandwidth = self.bandwidth * speed.activation_share
-        return self.factors.score_seconds + self.score_flops() / rate + self.scoring() / bandwidth
+        beside = self.factors.score_seconds / at_once
+        return beside + self.score_flops() / rate + self.scoring() / bandwidth
 
     def plan(self) -> InferencePlan:
         """Put everything together."""

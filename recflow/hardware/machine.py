@@ -17,7 +17,6 @@ from typing import Any, Final, cast
 import psutil
 
 from recflow.core.errors import HardwareError
-from recflow.hardware.calibration import Calibration
 from recflow.hardware.device import GIB, Device, Precision, Price
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
@@ -114,24 +113,6 @@ def this_machine(
             kind.price.usd_per_hour * ratio, kind.price.date, f"{kind.price.source}; {note}"
         ),
         source=f"{kind.source}; {note}",
-    )
-
-
-def with_measured_rates(device: Device, calibration: Calibration) -> Device:
-    """The machine with the rates that were measured on it in place of its class'.
-
-    Args:
-        device: This machine, with a class' rates.
-        calibration: What was measured on it.
-
-    Returns:
-        The same precisions: what a processor does not multiply natively was not measured natively.
-    """
-    measured = calibration.teraflops
-    return replace(
-        device,
-        teraflops={name: measured.get(name, rate) for name, rate in device.teraflops.items()},
-        bandwidth_gb_s=calibration.bandwidth_gb_s or device.bandwidth_gb_s,
     )
 
 

@@ -172,7 +172,8 @@ class InferencePlan:
         flops_per_recommendation: Operations of one recommendation, texts included.
         limit_texts_per_second: Texts a second at the device's full rates.
         texts_per_second: Texts a second with the efficiency that was calibrated, in batches.
-        recommendations_per_second: Recommendations a second.
+        recommendations_per_second: Recommendations a second of a busy machine, on which every core
+            ranks for a user of its own; ``memory`` is that of one process.
         latency_seconds: Seconds to encode one text alone.
         is_calibrated: Whether efficiencies were measured on such a device, not assumed.
         threads: Threads on a CPU; all cores where ``None``.

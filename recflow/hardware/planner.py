@@ -33,7 +33,12 @@ from typing import Final
 
 from recflow.core.errors import ConfigError
 from recflow.hardware.activations import adapter_saves, layer_saves
-from recflow.hardware.calibration import Calibration, default_calibration
+from recflow.hardware.calibration import (
+    COMPILING_SECONDS,
+    WORKING_BYTES,
+    Calibration,
+    default_calibration,
+)
 from recflow.hardware.device import Device, Precision
 from recflow.hardware.plan import Memory, Stage, TrainingPlan
 from recflow.hardware.shape import EncoderShape
@@ -47,6 +52,7 @@ _SEGMENT_BYTES: Final = 64 * 1024**2  # of hidden states, serialised with two co
 _SEGMENT_COPIES: Final = 4.0  # states, joined, serialised, and being written
 _FILL_TOKENS: Final = 512  # tokens that are run together when hidden states are computed
 _DRAWN_STEPS: Final = 64
+_LEARNING_BYTES: Final = 57 << 20  # PyTorch's own, once a gradient was computed and AdamW stepped
 _HEAD_WIDTH: Final = 32  # hidden width of the user model's small networks
 _CATEGORY_WIDTH: Final = 16
 
@@ -288,7 +294,10 @@ class _Training:
         moments["saving"] = self._held() | {
             "temporary": _FLOAT * (self.shape.parameters + self.added_parameters)
         }
-        held = {name: self._on_host(parts) for name, parts in moments.items()}
+        held = {
+            name: self._on_host(parts, learns=name != "hidden states")
+            for name, parts in moments.items()
+        }
         largest = max(held, key=lambda name: sum(held[name].values()))
         return Memory(_rounded(held[largest]), moment=largest)
 
@@ -347,8 +356,8 @@ class _Training:
             strategy.get(self.strategy, "plain"),
         )
 
-    def _on_host(self, parts: Mapping[str, float]) -> dict[str, float]:
-        """Add what every process holds in the machine's memory."""
+    def _on_host(self, parts: Mapping[str, float], *, learns: bool = True) -> dict[str, float]:
+        """Add what every process holds in the machine's memory; ``learns`` once steps are taken."""
         learning = self.learning_parameters if self.learns else 0
         whole = dict(parts)
         whole["best weights"] = _FLOAT * (learning + self.head_parameters)
@@ -356,6 +365,7 @@ class _Training:
         # As they are read, and as arrays of row numbers.
         whole["tables"] = self.workload.table_bytes * 2.0
         whole["context"] = float(self.calibration.context_bytes)
+        whole["libraries"] = WORKING_BYTES + (_LEARNING_BYTES if learns else 0.0)
         whole["kernels"] = self.kernels() * self.calibration.kernel_bytes
         # Processes of one machine map the same files.
         shared = ("hidden states",)
@@ -368,32 +378,29 @@ class _Training:
         of a matrix; backward there are two products more for a matrix that learns, one for a
         matrix that gradients only pass.
         """
+        return min(sum(self.compiled().values()), self.calibration.kernels)
+
+    def compiled(self) -> dict[str, int]:
+        """Matrix products that each stage is the first to need; see :meth:`kernels`."""
         if not self.half or self.device.is_gpu:
-            return 0
-        ends = self._matrix_kinds()
-        every = {texts * length for texts, length in self.buckets(self.workload.items)}
+            return {}
+        ends = len(self.shape.matrix_kinds)
         below: set[int] = set()
         if self.keeps_states:
             lengths = set(self.lengths.quantiles)
             below = {max(1, _FILL_TOKENS // length) * length for length in lengths}
+        every = {texts * length for texts, length in self.buckets(self.workload.items)}
         steps = self._step_rows()
-        count = ends * len(every | below | steps)
+        encoding = ends * len(every - below)
+        encoder = ends * len(steps - every - below)
         if self.strategy in ("top_k_layers", "full"):
-            count += 2 * ends * len(steps)
+            encoder += 2 * ends * len(steps)
         elif steps:
-            count += ends * len(steps)
+            encoder += ends * len(steps)
             added = 4 if self.strategy in ("lora", "adalora") else 2
-            count += added * (3 * len(steps) + len(every))
-        return min(count, self.calibration.kernels)
-
-    def _matrix_kinds(self) -> int:
-        """Different pairs of ends among a layer's matrices."""
-        shape = self.shape
-        if shape.model_type == "modernbert":
-            return 4
-        if not shape.gated:
-            return 3
-        return 4 if shape.attention_width == shape.width else 5
+            encoding += added * len(every)
+            encoder += added * 3 * len(steps)
+        return {"hidden states": ends * len(below), "encoding": encoding, "encoder": encoder}
 
     def _step_rows(self) -> set[int]:
         """Rows of the batches that the encoder sees in its steps, by drawing some."""
@@ -420,9 +427,18 @@ class _Training:
 
     def stages(self) -> tuple[Stage, ...]:
         """The work from start to end."""
+        repeats = self._repeats()
+        found = [Stage("start", 1, 0.0, 0.0, self.calibration.start_seconds)]
+        for name, work in self.works().items():
+            if repeats[name]:
+                found.append(self._stage(name, repeats[name], work))
+        return tuple(found)
+
+    def _repeats(self) -> dict[str, int]:
+        """How often each stage is done."""
         workload, schedule = self.workload, self.config.schedule
         learning = schedule.encoder_epochs if self.learns else 0
-        repeats = {
+        return {
             "hidden states": 1,
             "head": schedule.head_epochs * math.ceil(workload.clicks / schedule.head_batch_size),
             "encoder": learning * math.ceil(workload.clicks / schedule.encoder_batch_size),
@@ -430,11 +446,6 @@ class _Training:
             "encoding": 1 + learning,
             "validation": schedule.head_epochs + learning,
         }
-        found = [Stage("start", 1, 0.0, 0.0, self.calibration.start_seconds)]
-        for name, work in self.works().items():
-            if repeats[name]:
-                found.append(self._stage(name, repeats[name], work))
-        return tuple(found)
 
     def works(self) -> dict[str, Work]:
         """The work of one repeat of each stage."""
@@ -442,7 +453,7 @@ class _Training:
         found: dict[str, Work] = {}
         if self.keeps_states:
             found["hidden states"] = self._encode(
-                workload.items, self.constant_layers, backward=False, padded=False
+                workload.items, self.constant_layers, backward=False, padded=False, constant=True
             )
         found["head"] = self._user_step(schedule.head_batch_size)
         if self.learns:
@@ -450,10 +461,22 @@ class _Training:
         above = self.learning_layers if self.keeps_states else self.shape.layers
         found["encoding"] = self._encode(workload.items, above, backward=False)
         found["validation"] = self._score(workload.validation_impressions * workload.slate)
+        repeats = self._repeats()
+        for name, count in self.compiled().items():
+            if name in found:
+                found[name].kernels = count / max(1, repeats[name])
         return found
 
-    def _encode(self, texts: int, layers: int, *, backward: bool, padded: bool = True) -> Work:
-        """Work of running texts through some layers."""
+    def _encode(
+        self,
+        texts: int,
+        layers: int,
+        *,
+        backward: bool,
+        padded: bool = True,
+        constant: bool = False,
+    ) -> Work:
+        """Work of running texts through some layers; ``constant`` ones lie below all that learn."""
         shape = self.shape
         buckets = self.buckets(texts) if padded else [(texts, round(self.lengths.mean))]
         work = Work()
@@ -468,17 +491,36 @@ class _Training:
                 if self.config.speed.gradient_checkpointing:
                     passes += 1.0
             work.flops += layers * (matrices * passes + attention * (3.5 if backward else 1.0))
-            moved = layer_saves(shape, self.half).per_token * tokens
-            work.bytes += layers * moved * (4.0 if backward else 1.5)
+            saved = layer_saves(shape, self.half)
+            work.bytes += layers * saved.bytes(tokens, length) * (4.0 if backward else 1.5)
+            beside = self._moved_beside(tokens, constant=constant)
+            work.bytes += layers * beside * (3.0 if backward else 1.0)
             work.operators += layers * (120 if backward else 35)
         return work
+
+    def _moved_beside(self, tokens: float, *, constant: bool) -> float:
+        """Bytes that one layer moves forwards for nothing that is kept.
+
+        Rotating queries and keys goes over them ten times (negate, join, two products, a sum), in
+        float32. A low-rank matrix adds to the output of its matrix: its input is read, rounded and
+        taken to few numbers; what these make is scaled and added, about 12 bytes for each number
+        of the two ends.
+        """
+        shape, moved = self.shape, 0.0
+        if shape.is_rotated:
+            moved += 10.0 * _FLOAT * (shape.attention_width + shape.key_value_width)
+        if self.strategy in ("lora", "adalora") and not constant:
+            w, a, k, c = shape.width, shape.attention_width, shape.key_value_width, shape.channels
+            moved += 12.0 * sum(self._matrix_ends(w, a, k, c))
+        return moved * tokens
 
     def _encoder_step(self) -> Work:
         work = Work()
         for _ in range(self.micro):
             work.add(self._encode(self.texts_per_part, self.learning_layers, backward=True))
             if not self.keeps_states and self.constant_layers:
-                work.add(self._encode(self.texts_per_part, self.constant_layers, backward=False))
+                layers = self.constant_layers
+                work.add(self._encode(self.texts_per_part, layers, backward=False, constant=True))
         work.add(self._user_step(self.clicks_per_step))
         # AdamW reads and writes weights, gradients and two moments, about ten passes.
         work.bytes += 10 * _FLOAT * self.learning_parameters
@@ -510,10 +552,12 @@ class _Training:
         float_rate = device.teraflops["fp32"] * 1e12
         bandwidth = device.bandwidth_gb_s * 1e9
         limit = max(work.flops / rate + work.float_flops / float_rate, work.bytes / bandwidth)
-        seconds = work.flops / (rate * factors.share(self.precision))
-        seconds += work.float_flops / (float_rate * factors.share("fp32"))
+        width = self.shape.width
+        seconds = work.flops / (rate * factors.share(self.precision, width))
+        seconds += work.float_flops / (float_rate * factors.share("fp32", width))
         seconds += work.bytes / (bandwidth * factors.bandwidth_share)
         seconds += work.operators * factors.operator_seconds
+        seconds += work.kernels * COMPILING_SECONDS
         return Stage(name, repeats, work.flops + work.float_flops, limit, seconds)
 
     def plan(self) -> TrainingPlan:
@@ -554,12 +598,14 @@ class Work:
         float_flops: Those of the user model, which stays in float32.
         bytes: Bytes moved by element-wise work.
         operators: Operators started.
+        kernels: Matrix products that are compiled first, spread over all repeats.
     """
 
     flops: float = 0.0
     float_flops: float = 0.0
     bytes: float = 0.0
     operators: float = 0.0
+    kernels: float = 0.0
 
     def add(self, other: Work) -> None:
         """Add the work of another stretch."""
@@ -567,6 +613,7 @@ class Work:
         self.float_flops += other.float_flops
         self.bytes += other.bytes
         self.operators += other.operators
+        self.kernels += other.kernels
 
 
 def _rounded(parts: Mapping[str, float]) -> dict[str, int]:

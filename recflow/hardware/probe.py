@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from recflow.core.errors import HardwareError
-from recflow.hardware.calibration import Calibration, default_calibration
+from recflow.hardware.calibration import COMPILING_SECONDS, Calibration, default_calibration
 from recflow.hardware.device import Device
 from recflow.hardware.planner import Work, plan_training, training_work
 from recflow.hardware.shape import EncoderShape
@@ -40,6 +40,9 @@ _IMPRESSIONS: Final = 1_280
 _HISTORY: Final = 20
 _SLATE: Final = 9
 _REPEATS: Final = 5
+_WIDEST_HALF: Final = 3_000  # half widths that are tried, and the distance between them
+_HALF_STEP: Final = 20
+_PRODUCTS: Final = 2  # columns of the fit that are seconds of products
 _BERT: Final[dict[str, Any]] = {"model_type": "bert", "vocab_size": _WORDS}
 _ENCODERS: Final[dict[str, dict[str, Any]]] = {
     "4 × 256": {**_BERT, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -98,6 +101,21 @@ class Rates:
     operator_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """What :func:`probe` fits factors to.
+
+    Attributes:
+        rates: Of plain operations.
+        heaps: What the allocator holds for a byte that is needed, as ``Calibration.heap``.
+        runs: Trainings: what each reported, its encoder and its configuration.
+    """
+
+    rates: Rates
+    heaps: Mapping[str, float]
+    runs: tuple[tuple[Mapping[str, Any], str, Mapping[str, Any]], ...]
+
+
 def probe(
     device: Device, threads: int, tell: Callable[[str], None] = lambda _: None
 ) -> Calibration:
@@ -111,12 +129,21 @@ def probe(
     Raises:
         HardwareError: A process of the probe failed.
     """
+    return fitted(measure(device, threads, tell), device, threads)
+
+
+def measure(device: Device, threads: int, tell: Callable[[str], None]) -> Measurements:
+    """Take all measurements of :func:`probe`, each training in a process of its own.
+
+    Raises:
+        HardwareError: A process of the probe failed.
+    """
     rates = measure_rates(threads)
     tell(f"{_spoken(rates)}")
-    base = default_calibration(device)
+    heaps: dict[str, float] = {}
+    runs: list[tuple[Mapping[str, Any], str, Mapping[str, Any]]] = []
     with tempfile.TemporaryDirectory(prefix="recflow-probe-") as folder:
         place = Path(folder)
-        heaps: dict[str, float] = {}
         for family, encoder, strategy in _HEAPS:
             for precision in ("bf16", "fp32") if device.supports("bf16") else ("fp32",):
                 job = {"do": "heap", "encoder": encoder, "strategy": strategy}
@@ -124,17 +151,23 @@ def probe(
                 name = f"{family} {precision} {_KINDS[strategy]}"
                 heaps[name] = max(1.0, answer["held"] / answer["saved"])
                 tell(f"heap of {name}: {heaps[name]:.2f}")
-        runs: list[tuple[Mapping[str, Any], str, dict[str, Any]]] = []
         for encoder, values in _TRAININGS:
             job = {"do": "train", "encoder": encoder, "values": values, "threads": threads}
             answer = _in_own_process(job, place)
             runs.append((answer, encoder, values))
             tell(f"{encoder} {values or ''}: {answer['peak_rss_bytes'] / 2**20:,.0f} MiB")
-    fitted = _fit_seconds(runs, device, replace(base, heap=heaps), threads)
+    return Measurements(rates, heaps, tuple(runs))
+
+
+def fitted(found: Measurements, device: Device, threads: int) -> Calibration:
+    """Factors of a machine from what was measured on it; see :func:`probe`."""
+    base = replace(default_calibration(device), heap=found.heaps)
+    fast = _fit_seconds(found.runs, device, base, threads)
     return replace(
-        _fit_context(runs, device, fitted, threads),
+        _fit_context(found.runs, device, fast, threads),
         is_measured=True,
-        source=f"recflow probe, {threads} threads, {len(runs)} trainings; {_spoken(rates)}",
+        source=f"recflow probe, {threads} threads, {len(found.runs)} trainings; "
+        f"{_spoken(found.rates)}",
     )
 
 
@@ -190,41 +223,90 @@ def _plan_parts(
     return shape, config, _workload(config)
 
 
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A stage whose seconds were measured.
+
+    Attributes:
+        work: What it asked of the device.
+        seconds: What it took.
+        width: Of the encoder.
+        half: Whether the encoder's matrices were multiplied in bfloat16.
+    """
+
+    work: Work
+    seconds: float
+    width: int
+    half: bool
+
+
+def fit_seconds(timed: Sequence[Timed], device: Device, calibration: Calibration) -> Calibration:
+    """Shares of matrix rates and bandwidth, the width that halves them, and seconds an operator.
+
+    For a given half width the seconds are linear in what is left, with a share of a matrix rate of
+    at most 1: of a row of half widths the one that leaves the smallest relative error is taken.
+
+    Args:
+        timed: Stages of a few kinds and widths.
+        device: Whose rates the shares are shares of.
+        calibration: What keeps all other factors.
+    """
+    import numpy as np
+    from scipy.optimize import lsq_linear  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+
+    # Each row says: what the factors make of this stage is once the seconds it took, less those in
+    # which products were compiled.
+    table = np.array(
+        [[each / one.seconds for each in _features(one.work, device, one.half)] for one in timed]
+    )
+    wanted = [max(0.0, 1 - one.work.kernels * COMPILING_SECONDS / one.seconds) for one in timed]
+    widths = np.array([one.width for one in timed])
+    least = [1.0] * _PRODUCTS + [0.0] * (table.shape[1] - _PRODUCTS)
+    solve = cast("Any", lsq_linear)
+    fits: list[tuple[float, float, list[float]]] = []
+    for half_width in range(0, _WIDEST_HALF + 1, _HALF_STEP):
+        slower = np.ones_like(table)
+        slower[:, :_PRODUCTS] += (half_width / widths)[:, None]
+        found = solve(table * slower, np.array(wanted), bounds=(least, np.inf), tol=1e-12)
+        fits.append((float(found.cost), float(half_width), [float(each) for each in found.x]))
+    _, half_width, inverse = min(fits)
+    half_inverse, float_inverse, bytes_inverse, operator = inverse
+    matrices = {"fp32": _share(float_inverse)}
+    if device.supports("bf16"):
+        matrices["bf16"] = _share(half_inverse)
+    return replace(
+        calibration,
+        matrix_share=matrices,
+        half_width=half_width,
+        bandwidth_share=_share(bytes_inverse),
+        operator_seconds=operator,
+    )
+
+
+def timed_stages(
+    report: Mapping[str, Any], works: Mapping[str, Work], width: int, half: bool
+) -> list[Timed]:
+    """The stages of a training that were measured one by one; see :class:`Timed`."""
+    return [
+        Timed(works[name], seconds, width, half)
+        for name, seconds in _seconds_of(report).items()
+        if name in works and seconds > 0
+    ]
+
+
 def _fit_seconds(
-    runs: Sequence[tuple[Mapping[str, Any], str, dict[str, Any]]],
+    runs: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]],
     device: Device,
     calibration: Calibration,
     threads: int,
 ) -> Calibration:
-    """Shares of matrix rates and bandwidth, and seconds an operator, from the stages' seconds."""
-    import numpy as np
-    from scipy.optimize import nnls  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
-
-    rows: list[list[float]] = []
+    timed: list[Timed] = []
     for report, encoder, values in runs:
         shape, config, workload = _plan_parts(encoder, values, threads)
         works = training_work(shape, config, workload, device, calibration)
         half = config.speed.precision != "fp32" and device.supports("bf16")
-        for name, seconds in _seconds_of(report).items():
-            work = works.get(name)
-            if work is None or seconds <= 0:
-                continue
-            row = _features(work, device, half)
-            rows.append([value / seconds for value in row])
-    table = np.array(rows)
-    # Each row says: what the factors make of this stage is once the seconds it took.
-    solve = cast("Callable[..., tuple[list[float], float]]", nnls)
-    inverse, _ = solve(table, np.ones(len(table)))
-    half_inverse, float_inverse, bytes_inverse, operator = (float(value) for value in inverse)
-    shares = {"fp32": _share(float_inverse)}
-    if device.supports("bf16"):
-        shares["bf16"] = _share(half_inverse)
-    return replace(
-        calibration,
-        matrix_share=shares,
-        bandwidth_share=_share(bytes_inverse),
-        operator_seconds=operator,
-    )
+        timed += timed_stages(report, works, shape.width, half)
+    return fit_seconds(timed, device, calibration)
 
 
 def _features(work: Work, device: Device, half: bool) -> list[float]:
@@ -242,8 +324,12 @@ def _share(inverse: float) -> float:
 
 
 def _seconds_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of one step of each phase, and of computing the hidden states."""
-    found = {"hidden states": float(report["cache_seconds"])}
+    """Seconds of one step of each phase.
+
+    Those of computing the hidden states are left out: what is set up once in a process and written
+    to files counts as much there as the products do.
+    """
+    found: dict[str, float] = {}
     for epoch in report["epochs"]:
         stepping = epoch["seconds"] - epoch["validation_seconds"]
         found[epoch["phase"]] = stepping / epoch["steps"]
@@ -251,7 +337,7 @@ def _seconds_of(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _fit_context(
-    runs: Sequence[tuple[Mapping[str, Any], str, dict[str, Any]]],
+    runs: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]],
     device: Device,
     calibration: Calibration,
     threads: int,

@@ -109,6 +109,19 @@ class EncoderShape:
         """Width of all heads' keys together, or of their values."""
         return self.key_value_heads * self.head_size
 
+    @property
+    def is_rotated(self) -> bool:
+        """Whether positions turn queries and keys, instead of being added to the tokens."""
+        return self.model_type == "modernbert" or self.causal
+
+    @property
+    def matrix_kinds(self) -> frozenset[tuple[int, int]]:
+        """Inputs and outputs of a layer's matrices; those of the same size count once."""
+        w, a, k, c = self.width, self.attention_width, self.key_value_width, self.channels
+        if self.model_type == "modernbert":  # joined: queries, keys and values; value and gate
+            return frozenset({(w, 3 * a), (a, w), (w, 2 * c), (c, w)})
+        return frozenset({(w, a), (w, k), (a, w), (w, c), (c, w)})
+
     def scaled(
         self,
         *,

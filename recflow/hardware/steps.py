@@ -27,7 +27,12 @@ from typing import Any, Final
 
 from recflow.core.errors import ConfigError
 from recflow.hardware.activations import layer_saves
-from recflow.hardware.calibration import Calibration, default_calibration
+from recflow.hardware.calibration import (
+    COMPILING_SECONDS,
+    WORKING_BYTES,
+    Calibration,
+    default_calibration,
+)
 from recflow.hardware.device import Device, Precision
 from recflow.hardware.plan import Memory, Stage, TrainingPlan
 from recflow.hardware.shape import EncoderShape
@@ -51,12 +56,10 @@ _MODELS: Final = 13  # of the family that recflow comes with
 
 # Measured: see the benchmark recflow_tests.benchmarks.step_plan.
 _KERNEL_ROW: Final = 490.0  # bytes for a row of a product, beside half a kernel of the mean size
-_COMPILING_SECONDS: Final = 0.8e-3  # of one kernel
 _LOADING_SECONDS: Final = 3.0  # of encoders, tokens and tables, and of writing what is made
 _PADDED_SLATES: Final = 2.0  # candidates scored for one that there is
 _LEFT_BY_SCORING: Final = 0.65
 _UNLIKE_BATCHES: Final = 1.6  # heap beside that of a training whose batches are alike
-_WORKING: Final = 50 << 20  # buffers of threads and libraries, from the first text encoded on
 _SESSION: Final = 1.27  # ONNX Runtime's memory of a float32 graph, for a byte of it
 _LEFT_BY_MODEL: Final = 0.35  # of its weights, when a model has been let go of
 
@@ -208,12 +211,16 @@ def _rare_tokens(workload: TrainingWorkload) -> int:
 
 @dataclass(slots=True)
 class _Work:
-    """Operations, bytes moved, and operators started."""
+    """Operations, bytes moved, and operators started.
+
+    ``width`` is that of the encoder at work; 0 is that of the parent.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
     operators: float = 0.0
     precision: Precision = "fp32"
+    width: int = 0
 
 
 _Product = tuple[int, int, int, bool]  # rows, inputs, outputs, whether gradients are computed
@@ -250,7 +257,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.held["context"] = self.calibration.context_bytes
-        self.held["context"] += _WORKING
+        self.held["context"] += WORKING_BYTES
         self.held["tables"] = self.workload.table_bytes * 2.0
         self.stages.append(Stage("start", 1, 0.0, 0.0, self.calibration.start_seconds))
 
@@ -434,10 +441,9 @@ class _Run:
 
     def compile(self, shape: EncoderShape, rows: set[int], backward: bool, widths: int = 0) -> None:
         """Note the kernels of products with so many rows."""
-        w, a, k, c = shape.width, shape.attention_width, shape.key_value_width, shape.channels
-        kinds = {(w, a), (w, k), (a, w), (w, c), (c, w)}
+        kinds = shape.matrix_kinds
         if widths:
-            kinds = {(number, w) for number in range(widths)}
+            kinds = frozenset((number, shape.width) for number in range(widths))
         new = {(row, *kind, backward) for row in rows for kind in kinds} - self.products
         self.compilations += len(new) * (3 if backward else 1)
         self.products |= new
@@ -451,7 +457,7 @@ class _Run:
 
     def forward(self, shape: EncoderShape, buckets: list[tuple[int, int]], half: bool) -> _Work:
         """Work of encoding batches without gradients."""
-        work = _Work(precision="bf16" if half else "fp32")
+        work = _Work(precision="bf16" if half else "fp32", width=shape.width)
         tokens = sum(count * length for count, length in buckets)
         pairs = sum(count * length * length for count, length in buckets)
         matrices = 2.0 * shape.matrix_parameters * tokens
@@ -465,7 +471,9 @@ class _Run:
         device, factors = self.device, self.calibration
         rate = device.teraflops[work.precision] * 1e12
         bandwidth = device.bandwidth_gb_s * 1e9
-        seconds = work.flops / (rate * factors.share(work.precision))
+        seconds = work.flops / (
+            rate * factors.share(work.precision, work.width or self.parent.width)
+        )
         seconds += work.bytes / (bandwidth * factors.bandwidth_share)
         seconds += work.operators * factors.operator_seconds
         limit = max(work.flops / rate, work.bytes / bandwidth)
@@ -476,7 +484,7 @@ class _Run:
         self.stages.append(Stage("loading", 1, 0.0, 0.0, _LOADING_SECONDS))
         if self.compilations:
             self.stages.append(
-                Stage("kernels", float(self.compilations), 0.0, 0.0, _COMPILING_SECONDS)
+                Stage("kernels", float(self.compilations), 0.0, 0.0, COMPILING_SECONDS)
             )
         return TrainingPlan(
             device=self.device,

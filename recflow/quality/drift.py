@@ -51,6 +51,7 @@ _OTHER: Final = "(other)"
 _MOST_CATEGORIES: Final = 50
 # Fewer reference days say nothing of what is usual.
 _LEAST_DAYS: Final = 3
+_NEIGHBOURS: Final = 2
 _LEAST_COHORT_ITEMS: Final = 10
 _MOST_CLASSIFIED: Final = 3_000
 _CELLS_AT_ONCE: Final = 4_000_000
@@ -347,8 +348,9 @@ def measure_embeddings(
         return Measure(EMBEDDINGS, note=note)
     if new.vectors is None or known.vectors is None:
         return Measure(EMBEDDINGS, note="no model encodes the items")
-    if len(new.texts) < config.least_items:
-        return Measure(EMBEDDINGS, note=note)
+    fewest = min(len(new.texts), len(known.texts))
+    if fewest < max(config.least_items, _LEAST_COHORT_ITEMS):
+        return Measure(EMBEDDINGS, note=note or f"{fewest} items are too few to tell apart")
     rng = make_rng(config.seed, "classified items")
     cohorts, codes = np.unique(known.first_shown, return_inverse=True)
     usual: list[float] = []
@@ -370,6 +372,7 @@ def judge_decay(
     reference: float,
     replicates: FloatArray,
     day_values: Sequence[float],
+    test_days: int,
     config: DriftConfig,
 ) -> Decay:
     """Judge whether a ranking metric is worse than on the test days.
@@ -379,7 +382,8 @@ def judge_decay(
         current: Mean over the day.
         reference: Mean over the test days.
         replicates: Resampled differences of the two, float64 [samples].
-        day_values: The metric of each reference day; how much they scatter is usual.
+        day_values: The metric of each day of training; how much they scatter is usual.
+        test_days: Days behind ``reference``: the fewer, the more the difference scatters.
         config: Margin and confidence.
     """
     tail = (1 - config.confidence) / 2
@@ -390,6 +394,9 @@ def judge_decay(
         if len(day_values) >= _LEAST_DAYS
     ]
     usual = _deviation_bound(gaps, config)
+    if usual is not None:
+        # The gaps are to the mean of all other days, the difference is to that of the test days.
+        usual *= math.sqrt((1 + 1 / test_days) / (1 + 1 / (len(gaps) - 1)))
     limit = -max(config.decay_margin, usual or 0.0)
     decayed = high < -config.decay_margin and current - reference < limit
     return Decay(metric, current, reference, low, high, usual, limit, decayed)
@@ -464,6 +471,7 @@ class _Comparison:
         config: DriftConfig,
     ) -> None:
         self.current, self.base, self.config = current, base, config
+        self.only_held_out = base.height < reference.height
         self.usual_rows = _usual_rows(base, reference)
         self.cluster, self.clusters, self.current_clusters = _clusters(current, base)
 
@@ -481,8 +489,7 @@ class _Comparison:
             return missing
         stacked = np.concatenate(list(blocks.values()), axis=1)
         # Summed by cluster: [clusters, columns of all measures].
-        totals = np.zeros((self.clusters, stacked.shape[1]))
-        np.add.at(totals, self.cluster, stacked)
+        totals = _sums_by(self.cluster, stacked)
         is_current = np.arange(self.clusters) < self.current_clusters
         observed = totals[is_current].sum(axis=0), totals[~is_current].sum(axis=0)
         permuted = self._permuted(totals)
@@ -563,20 +570,33 @@ class _Comparison:
         counts = self._by_day(
             np.eye(len(coded.labels))[np.maximum(codes, 0)] * (codes >= 0)[:, None]
         )
-        return [float(jensen_shannon(day, counts.sum(axis=0) - day)) for day in counts]
+        return [float(jensen_shannon(day, others)) for day, others in self._pairs(counts)]
 
     def _usual_differences(self, name: str) -> list[float]:
         counts = self._by_day(_rate_columns(self.usual_rows, name))
         return [
-            float(_log_rate(name, day) - _log_rate(name, counts.sum(axis=0) - day))
-            for day in counts
+            float(_log_rate(name, day) - _log_rate(name, others))
+            for day, others in self._pairs(counts)
+        ]
+
+    def _pairs(self, counts: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
+        """Each day and what it is compared with: the other days, or the two before it.
+
+        What is compared with test days alone may grow along the window, as histories do.
+        """
+        if not self.only_held_out:
+            return [(day, counts.sum(axis=0) - day) for day in counts]
+        return [
+            (counts[place], counts[place - _NEIGHBOURS : place].sum(axis=0))
+            for place in range(_NEIGHBOURS, len(counts))
         ]
 
     def _by_day(self, block: FloatArray) -> FloatArray:
         """Sums of each day with enough rows that have a value; none where days are too few."""
         days, codes = np.unique(self.usual_rows[Rows.DAY].to_numpy(), return_inverse=True)
-        sums = np.zeros((len(days), block.shape[1]))
-        np.add.at(sums, codes, block)
+        if not len(days):
+            return block
+        sums = _sums_by(codes, block)
         rows = np.bincount(codes, weights=block.any(axis=1), minlength=len(days))
         sums = sums[rows >= min(self.config.least_impressions, 50)]
         return sums if len(sums) >= _LEAST_DAYS else sums[:0]
@@ -599,6 +619,13 @@ def _clusters(current: pl.DataFrame, base: pl.DataFrame) -> tuple[IntArray, int,
         numbers.append(rank.to_numpy().astype(np.int64) - 1 + sum(counts))
         counts.append(int(rank.n_unique()))
     return np.concatenate(numbers), sum(counts), counts[0]
+
+
+def _sums_by(groups: IntArray, block: FloatArray) -> FloatArray:
+    """Sum the rows of each group, numbered from 0 without gaps: float64 [groups, columns]."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    return np.add.reduceat(block[order], starts, axis=0)
 
 
 def _rate_columns(rows: pl.DataFrame, name: str) -> FloatArray:
@@ -637,7 +664,7 @@ def _code_numbers(current: pl.Series, reference: pl.Series, bins: int) -> Coded:
 
 def _edges(reference: pl.Series, bins: int) -> FloatArray:
     values = reference.drop_nulls().cast(pl.Float64).to_numpy()
-    inner = np.linspace(0, 1, bins + 1)[1:-1]
+    inner = np.arange(1, bins) / bins
     edges = np.quantile(values, inner, method="inverted_cdf")
     edges = np.unique(np.append(edges, 0.0) if (values == 0).any() else edges)
     return edges[edges < values.max()]

@@ -38,7 +38,7 @@ class DriftConfig:
     Attributes:
         least_distance: Least Jensen-Shannon distance of shares that matters.
         least_rate_factor: Least factor that matters between the odds of a rate, or between clicks
-            and predicted clicks; 1.25 is a quarter more.
+            and predicted clicks; 1.1 is a tenth more.
         least_unseen_tokens: Least share of never seen tokens, beyond the usual, that matters.
         least_embedding_auc: Least AUC of telling new items from known ones, beyond the usual, that
             matters.
@@ -60,7 +60,7 @@ class DriftConfig:
     """
 
     least_distance: float = 0.1
-    least_rate_factor: float = 1.25
+    least_rate_factor: float = 1.1
     least_unseen_tokens: float = 0.05
     least_embedding_auc: float = 0.1
     decay_margin: float = 0.01

@@ -6,7 +6,10 @@ peak memory and time a step beside what was planned before the process was start
 than all-MiniLM-L6-v2 get the sizes of well-known models and random weights: memory and time do not
 depend on what weights say.
 
-``--results FILE`` keeps what was measured; configurations found there are not run again.
+``--results FILE`` keeps what was measured; configurations found there are not run again. With
+``--only NAME`` (``--list`` prints the names) one configuration is added to the file at a time, and
+``--stored`` prints the tables of what the file holds. The formulas were worked on with every second
+configuration in view (:data:`SEEN`); errors of the others are summed up apart.
 """
 
 from __future__ import annotations
@@ -14,26 +17,31 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from recflow.adapters.planning import PEAK_MEMORY, PlannedTraining, measured_beside
 from recflow.core.artifacts import write_text_atomically
+from recflow.hardware.calibration import Calibration, default_calibration, save_calibration
 from recflow.hardware.plan import Measured
+from recflow.hardware.planner import training_work
+from recflow.hardware.probe import Timed, fit_seconds, timed_stages
 from recflow.modeling.config import TrainingConfig, with_values
 from recflow.modeling.reports import TrainingReport
 from recflow.modeling.texts import TOKENIZER_NAME
 from recflow_tests.benchmarks.estimators import Run, estimate_all
+from recflow_tests.benchmarks.processes import in_own_process, train_here
 
 if TYPE_CHECKING:
     from recflow.settings import Settings
 
 _MEBIBYTE: Final = 1 << 20
+_FAIREST: Final = ", what learns"  # reading of other tools in the short table
+_REAL: Final = "all-MiniLM-L6-v2"
+_NARROW: Final = frozenset({"MiniLM-L12", "ELECTRA-small", "Qwen3-like, 8 × 512"})
 _BERT: Final[dict[str, object]] = {"model_type": "bert", "vocab_size": 30_522}
 
 # Sizes of models whose weights need not be at hand.
@@ -144,8 +152,26 @@ GRID: Final[tuple[tuple[str, str, dict[str, object]], ...]] = (
 )  # fmt: skip
 
 
-def write_encoder(directory: Path, config: Mapping[str, object], tokenizer: Path) -> None:
-    """Write an encoder of these sizes with random weights, and the tokenizer."""
+def key_of(encoder: str, name: str) -> str:
+    """Name of a configuration on the command line and in the file of results."""
+    return f"{encoder}, {name}"
+
+
+# Those that were in view when the formulas of memory and time were worked on.
+SEEN: Final = frozenset(key_of(encoder, name) for encoder, name, _ in GRID[::2])
+
+
+def write_encoder(
+    directory: Path, config: Mapping[str, object], tokenizer: Path, *, weights: bool = True
+) -> None:
+    """Write an encoder of these sizes with random weights, and the tokenizer.
+
+    Args:
+        directory: Where to.
+        config: Sizes; those not named are the family's usual ones.
+        tokenizer: File to copy.
+        weights: Whether weights are written, which planning does not need.
+    """
     import shutil
 
     import torch
@@ -158,41 +184,8 @@ def write_encoder(directory: Path, config: Mapping[str, object], tokenizer: Path
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id"), 0)
     ends = dict.fromkeys(("eos_token_id", "sep_token_id"), 0)
     made: Any = AutoConfig.for_model(str(config["model_type"]), **{**special, **ends, **values})
-    AutoModel.from_config(made).save_pretrained(directory)
+    (AutoModel.from_config(made) if weights else made).save_pretrained(directory)
     shutil.copyfile(tokenizer, directory / tokenizer.name)
-
-
-def measure(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Train in this process and return the report."""
-    from recflow.adapters.artifact_store import ArtifactStore
-    from recflow.adapters.snapshots import load_snapshot
-    from recflow.modeling.tracking import NullTracker
-    from recflow.modeling.trainer import train_ranker
-
-    data = load_snapshot(ArtifactStore(Path(job["store"])), job["snapshot"])
-    with tempfile.TemporaryDirectory() as output, tempfile.TemporaryDirectory() as state:
-        report = train_ranker(
-            items=data.items,
-            train=data.splits.train,
-            validation=data.splits.validation,
-            base_model=Path(job["base_model"]),
-            output=Path(output),
-            config=with_values(TrainingConfig(threads=job["threads"]), job["values"]),
-            tracker=NullTracker(),
-            checkpoints=Path(state) / "training",
-        )
-    return asdict(report)
-
-
-def in_own_process(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure in a fresh process, so that its peak memory is its own."""
-    run = subprocess.run(
-        [sys.executable, "-m", __spec__.name, "--measure", json.dumps(job)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,62 +209,118 @@ class Compared:
     others: dict[str, int | None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """One configuration with its plan, and with what measuring it needs."""
+
+    encoder: str
+    name: str
+    base: Path
+    config: TrainingConfig
+    plan: PlannedTraining
+    job: dict[str, Any]
+
+
+def _plans(
+    settings: Settings,
+    threads: int,
+    calibration: Path | None,
+    results: Mapping[str, Any],
+    keys: Collection[str],
+) -> Iterator[_Planned]:
+    """Plan configurations; encoders get weights where there is no result yet."""
+    from recflow.adapters.artifact_store import ArtifactStore
+    from recflow.adapters.planning import PlanningConfig, plan_of_training
+    from recflow.adapters.snapshots import load_snapshot
+
+    snapshot = str(settings.last_day)
+    data = load_snapshot(ArtifactStore(settings.store_dir), snapshot)
+    real = Path(settings.base_model)
+    with tempfile.TemporaryDirectory(prefix="recflow-planner-") as folder:
+        for encoder, name, own in GRID:
+            key = key_of(encoder, name)
+            if key not in keys:
+                continue
+            sizes, base = ENCODERS[encoder], real
+            if sizes is not None:
+                kind = "planned" if key in results else "trained"
+                base = Path(folder) / f"{encoder.replace(' ', '_')}-{kind}"
+                if not base.exists():
+                    tokenizer = real / TOKENIZER_NAME
+                    write_encoder(base, sizes, tokenizer, weights=key not in results)
+            values = {**_COMMON, **own}
+            config = with_values(TrainingConfig(threads=threads), values)
+            plan = plan_of_training(
+                items=data.items,
+                train=data.splits.train,
+                validation=data.splits.validation,
+                base_model=base,
+                config=config,
+                planning=PlanningConfig("go_on", calibration),
+                other_table_bytes=int(data.splits.test.estimated_size()),
+                in_new_process=True,
+            )
+            job = {
+                "store": str(settings.store_dir),
+                "snapshot": snapshot,
+                "base_model": str(base),
+                "threads": threads,
+                "values": values,
+            }
+            yield _Planned(encoder, name, base, config, plan, job)
+
+
 def compare(
-    settings: Settings, threads: int, calibration: Path | None, results: dict[str, Any]
+    settings: Settings,
+    threads: int,
+    calibration: Path | None,
+    results: dict[str, Any],
+    keys: Collection[str],
 ) -> Iterator[Compared]:
-    """Plan and measure every configuration of the grid.
+    """Plan and measure configurations of the grid.
 
     Args:
         settings: The deployment whose newest snapshot is trained on.
         threads: Threads of the trainings.
         calibration: What ``recflow probe`` found on this machine.
         results: Reports by configuration; what is missing is measured and put there.
+        keys: The configurations; see :func:`key_of`.
     """
-    from recflow.adapters.artifact_store import ArtifactStore
-    from recflow.adapters.planning import PlanningConfig, plan_of_training
-    from recflow.adapters.snapshots import load_snapshot
+    for planned in _plans(settings, threads, calibration, results, keys):
+        key, plan = key_of(planned.encoder, planned.name), planned.plan.plan
+        if key not in results:
+            results[key] = in_own_process(__spec__.name, "--measure", planned.job)
+        report = TrainingReport.from_dict(results[key])
+        rows = {row.name: row for row in measured_beside(plan, report)}
+        yield Compared(
+            planned.encoder,
+            planned.name,
+            memory=rows[PEAK_MEMORY],
+            steps={
+                phase: rows[f"{phase} step"]
+                for phase in ("head", "encoder")
+                if f"{phase} step" in rows
+            },
+            context=plan.memory.parts["context"],
+            others=_others(planned.base, planned.config, planned.plan),
+        )
 
-    planning = PlanningConfig("go_on", calibration)
-    snapshot = str(settings.last_day)
-    data = load_snapshot(ArtifactStore(settings.store_dir), snapshot)
-    real = Path(settings.base_model)
-    with tempfile.TemporaryDirectory(prefix="recflow-planner-") as folder:
-        for encoder, name, own in GRID:
-            sizes, base = ENCODERS[encoder], real
-            if sizes is not None:
-                base = Path(folder) / encoder.replace(" ", "_")
-                if not base.exists():
-                    write_encoder(base, sizes, real / TOKENIZER_NAME)
-            values = {**_COMMON, **own}
-            config = with_values(TrainingConfig(threads=threads), values)
-            planned = plan_of_training(
-                items=data.items,
-                train=data.splits.train,
-                validation=data.splits.validation,
-                base_model=base,
-                config=config,
-                planning=planning,
-                other_table_bytes=int(data.splits.test.estimated_size()),
-                in_new_process=True,
-            )
-            key = f"{encoder}, {name}"
-            if key not in results:
-                job = {"store": str(settings.store_dir), "snapshot": snapshot, "values": values}
-                results[key] = in_own_process({**job, "base_model": str(base), "threads": threads})
-            report = TrainingReport.from_dict(results[key])
-            rows = {row.name: row for row in measured_beside(planned.plan, report)}
-            yield Compared(
-                encoder,
-                name,
-                memory=rows[PEAK_MEMORY],
-                steps={
-                    phase: rows[f"{phase} step"]
-                    for phase in ("head", "encoder")
-                    if f"{phase} step" in rows
-                },
-                context=planned.plan.memory.parts["context"],
-                others=_others(base, config, planned),
-            )
+
+def fitted(settings: Settings, threads: int, results: Mapping[str, Any]) -> Calibration:
+    """This machine's factors with those of time fitted to the results of :data:`SEEN` alone."""
+    timed: list[Timed] = []
+    keys = [key for key in results if key in SEEN]
+    for planned in _plans(settings, threads, None, results, keys):
+        device, plan = planned.plan.machine.device, planned.plan
+        works = training_work(
+            plan.shape, planned.config, plan.workload, device, default_calibration(device)
+        )
+        half = planned.config.speed.precision != "fp32" and device.supports("bf16")
+        report = results[key_of(planned.encoder, planned.name)]
+        timed += timed_stages(report, works, plan.shape.width, half)
+    if not timed:
+        raise SystemExit("no configuration that times are fitted to was measured yet; see --seen")
+    return fit_seconds(timed, device, default_calibration(device))
 
 
 def _others(base: Path, config: TrainingConfig, planned: PlannedTraining) -> dict[str, int | None]:
@@ -318,20 +367,83 @@ def table(rows: Iterable[Compared]) -> Iterator[str]:
 
 
 def summary(rows: Sequence[Compared]) -> Iterator[str]:
-    """Median and worst errors."""
-    series = {
-        "peak memory": [row.memory.error for row in rows],
-        "peak memory less what the process holds anyway": [
-            (row.memory.predicted - row.context) / (row.memory.measured - row.context) - 1
-            for row in rows
-        ],
-        "head step": [row.steps["head"].error for row in rows if "head" in row.steps],
-        "encoder step": [row.steps["encoder"].error for row in rows if "encoder" in row.steps],
+    """Median and worst errors, of configurations seen while formulas were made and of others."""
+    yield "| error of | configurations | median | worst | not seen before | median | worst |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    new = [row for row in rows if key_of(row.encoder, row.name) not in SEEN]
+    for name, error in _ERRORS.items():
+        cells: list[str] = []
+        for some in (rows, new):
+            errors = [found for row in some if (found := error(row)) is not None]
+            cells += [str(len(errors)), *(_spoken(errors) if errors else ("–", "–"))]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _memory(row: Compared) -> float:
+    return row.memory.error
+
+
+def _own_memory(row: Compared) -> float:
+    return (row.memory.predicted - row.context) / (row.memory.measured - row.context) - 1
+
+
+def _step(phase: str) -> Callable[[Compared], float | None]:
+    return lambda row: row.steps[phase].error if phase in row.steps else None
+
+
+_ERRORS: Final[dict[str, Callable[[Compared], float | None]]] = {
+    "peak memory": _memory,
+    "peak memory less what the process holds anyway": _own_memory,
+    "head step": _step("head"),
+    "encoder step": _step("encoder"),
+}
+
+
+def _spoken(errors: Sequence[float]) -> tuple[str, str]:
+    """Median of the sizes of errors, and the worst."""
+    middle = statistics.median(abs(error) for error in errors)
+    return f"{middle:.0%}", f"{max(errors, key=abs):+.0%}"
+
+
+def _kind(row: Compared) -> str:
+    """The group of a configuration in the short table."""
+    if row.encoder == _REAL:
+        wide = "MiniLM-L6 (384)"
+    else:
+        wide = "others of 256–512" if row.encoder in _NARROW else "others of 768"
+    what = row.name.split(",")[0]
+    if what.startswith(("LoRA", "AdaLoRA", "adapters")):
+        return f"{wide}, low rank or adapters"
+    return f"{wide}, {'all layers' if what == 'full' else 'frozen or top layers'}"
+
+
+def groups_table(rows: Sequence[Compared]) -> Iterator[str]:
+    """Errors by group, of this planner and of other tools told what learns; see ``estimators``."""
+    tools = {
+        name.removesuffix(_FAIREST): name
+        for row in rows
+        for name in row.others
+        if name.endswith(_FAIREST)
     }
-    yield "| | configurations | median error | worst |"
-    yield "|---|---:|---:|---:|"
-    for name, errors in series.items():
-        yield _summary_row(name, errors)
+    yield f"| trainings | | recflow: memory | step | {' | '.join(tools)} |"
+    yield f"|---|---:|---:|---:|{'---:|' * len(tools)}"
+    groups: dict[str, list[Compared]] = {}
+    for row in rows:
+        groups.setdefault(_kind(row), []).append(row)
+    for name, some in (*groups.items(), ("all", list(rows))):
+        steps = [row.steps["encoder"].error for row in some if "encoder" in row.steps]
+        errors = [[row.memory.error for row in some], steps]
+        for reading in tools.values():
+            said = [(row, row.others.get(reading)) for row in some]
+            errors.append(
+                [
+                    bytes_ / (row.memory.measured - row.context) - 1
+                    for row, bytes_ in said
+                    if bytes_ is not None
+                ]
+            )
+        cells = [" / ".join(_spoken(each)) if each else "–" for each in errors]
+        yield f"| {name} | {len(some)} | {' | '.join(cells)} |"
 
 
 def others_table(rows: Sequence[Compared]) -> Iterator[str]:
@@ -353,20 +465,8 @@ def others_table(rows: Sequence[Compared]) -> Iterator[str]:
         if not whole:
             yield f"| {name} | 0 of {len(trained)} | – | – | – | – |"
             continue
-        cells = [f"{_middle(errors):.0%} | {_worst(errors):+.0%}" for errors in (whole, model)]
+        cells = [" | ".join(_spoken(errors)) for errors in (whole, model)]
         yield f"| {name} | {len(whole)} of {len(trained)} | {' | '.join(cells)} |"
-
-
-def _summary_row(name: str, errors: Sequence[float]) -> str:
-    return f"| {name} | {len(errors)} | {_middle(errors):.1%} | {_worst(errors):+.0%} |"
-
-
-def _middle(errors: Sequence[float]) -> float:
-    return statistics.median(abs(error) for error in errors)
-
-
-def _worst(errors: Sequence[float]) -> float:
-    return max(errors, key=abs)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -376,25 +476,44 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--calibration", type=Path, help="file of recflow probe")
     parser.add_argument("--results", type=Path, help="where measurements are kept")
+    parser.add_argument("--only", action="append", metavar="NAME", help="may be given repeatedly")
+    parser.add_argument("--stored", action="store_true", help="only what the results hold")
+    parser.add_argument("--seen", action="store_true", help="only what formulas were made with")
+    parser.add_argument("--list", action="store_true", help="print the configurations' names")
+    parser.add_argument("--fit", type=Path, help="file for factors of time, fitted to those seen")
     parser.add_argument("--measure", metavar="JOB", help=argparse.SUPPRESS)
     options: Any = parser.parse_args(arguments)
     if options.measure:
-        print(json.dumps(measure(json.loads(options.measure))))
+        print(json.dumps(train_here(json.loads(options.measure), checkpoints=True)))
+        return
+    keys = [key_of(encoder, name) for encoder, name, _ in GRID]
+    if unknown := set(options.only or ()).difference(keys):
+        parser.error(f"no such configuration: {', '.join(sorted(unknown))}; see --list")
+    keys = [key for key in keys if key in (options.only or keys)]
+    if options.seen:
+        keys = [key for key in keys if key in SEEN]
+    if options.list:
+        print(*keys, sep="\n")
         return
     from recflow.demo import find_deployment
 
     settings = find_deployment(options.data).settings
     file: Path | None = options.results
     results = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
+    if options.fit:
+        save_calibration(fitted(settings, options.threads, results), options.fit)
+        return
+    if options.stored:
+        keys = [key for key in keys if key in results]
     rows: list[Compared] = []
     heading, rule, *_ = table([])
     print(heading, rule, sep="\n", flush=True)
-    for row in compare(settings, options.threads, options.calibration, results):
+    for row in compare(settings, options.threads, options.calibration, results, keys):
         rows.append(row)
         print(*list(table([row]))[2:], sep="\n", flush=True)
         if file:
             write_text_atomically(file, json.dumps(results))
-    for lines in (summary(rows), others_table(rows)):
+    for lines in (summary(rows), groups_table(rows), others_table(rows)):
         print("", *lines, sep="\n")
 
 

@@ -15,8 +15,6 @@ import argparse
 import importlib
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +26,7 @@ from recflow.core.artifacts import write_text_atomically
 from recflow.hardware.plan import Measured, TrainingPlan, gib
 from recflow.hardware.shape import EncoderShape
 from recflow.hardware.steps import child_shape, plan_step
+from recflow_tests.benchmarks.processes import in_own_process
 
 _MEBIBYTE: Final = 1 << 20
 _STATUS: Final = Path("/proc/self/status")
@@ -339,17 +338,6 @@ def _table(compared: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def in_own_process(job: Mapping[str, Any]) -> Result:
-    """Run a step in a fresh process, so that its peak memory is its own."""
-    run = subprocess.run(
-        [sys.executable, "-m", __spec__.name, "--step", json.dumps(job)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return Result(**json.loads(run.stdout.splitlines()[-1]))
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark, or, with ``--step``, one step of it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -374,7 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
             place = f"{data}/{name}"
             if place not in kept:
                 job = {"data": data, "name": name, "marks": options.marks}
-                kept[place] = asdict(in_own_process(job))
+                kept[place] = in_own_process(__spec__.name, "--step", job)
                 if options.results:
                     write_text_atomically(options.results, json.dumps(kept, indent=2) + "\n")
             results.append(Result(**kept[place]))

@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Final
+
+from recflow_tests.benchmarks.processes import in_own_process, train_here
 
 _MEBIBYTE: Final = 1 << 20
 
@@ -73,37 +70,8 @@ OURS: Final[dict[str, object]] = (
 )
 
 
-def measure(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Train in this process and return the report."""
-    from recflow.adapters.artifact_store import ArtifactStore
-    from recflow.adapters.snapshots import load_snapshot
-    from recflow.modeling.config import TrainingConfig, with_values
-    from recflow.modeling.tracking import NullTracker
-    from recflow.modeling.trainer import train_ranker
-
-    data = load_snapshot(ArtifactStore(Path(job["store"])), job["snapshot"])
-    with tempfile.TemporaryDirectory() as output:
-        report = train_ranker(
-            items=data.items,
-            train=data.splits.train,
-            validation=data.splits.validation,
-            base_model=Path(job["base_model"]),
-            output=Path(output),
-            config=with_values(TrainingConfig(threads=job["threads"]), job["values"]),
-            tracker=NullTracker(),
-        )
-    return asdict(report)
-
-
-def in_own_process(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure in a fresh process, so that its peak memory is its own."""
-    run = subprocess.run(
-        [sys.executable, "-m", __spec__.name, "--measure", json.dumps(job)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return json.loads(run.stdout.splitlines()[-1])
+def _trained(job: Mapping[str, Any]) -> dict[str, Any]:
+    return in_own_process(__spec__.name, "--measure", job)
 
 
 def steps_table(job: Mapping[str, Any]) -> Iterator[str]:
@@ -114,11 +82,11 @@ def steps_table(job: Mapping[str, Any]) -> Iterator[str]:
     values = dict(TEXTBOOK)
     for name, change, clicks in STEPS:
         values |= change
-        report = in_own_process({**job, "values": _timed(values, clicks)})
+        report = _trained({**job, "values": _timed(values, clicks)})
         base = base or report["impressions_per_second"]
         yield _row(name, report, base)
     for name, change, clicks in OPTIONS:
-        report = in_own_process({**job, "values": _timed(values | change, clicks)})
+        report = _trained({**job, "values": _timed(values | change, clicks)})
         yield _row(f"… and {name}", report, base)
 
 
@@ -141,7 +109,7 @@ def time_to_auc(job: Mapping[str, Any], clicks: int, looks: int) -> Iterator[str
         clicks: Clicks that the textbook's way is given.
         looks: How often it is validated on the way.
     """
-    textbook = in_own_process(
+    textbook = _trained(
         {
             **job,
             "values": TEXTBOOK
@@ -153,7 +121,7 @@ def time_to_auc(job: Mapping[str, Any], clicks: int, looks: int) -> Iterator[str
         }
     )
     wanted = max(epoch["validation"] for epoch in textbook["epochs"])
-    ours = in_own_process({**job, "values": OURS | {"schedule.max_impressions_per_epoch": clicks}})
+    ours = _trained({**job, "values": OURS | {"schedule.max_impressions_per_epoch": clicks}})
     yield f"| to a validation AUC of {wanted:.4f} | clicks | s | sooner | best AUC | peak RSS MiB |"
     yield "|---|---:|---:|---:|---:|---:|"
     base = _reached(textbook, wanted)
@@ -193,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--measure", metavar="JOB")
     options: Any = parser.parse_args(arguments)
     if options.measure:
-        print(json.dumps(measure(json.loads(options.measure))))
+        print(json.dumps(train_here(json.loads(options.measure))))
         return
     from recflow.demo import find_deployment
 

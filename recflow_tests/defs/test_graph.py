@@ -166,12 +166,15 @@ def test_nightly_schedule_requests_one_run_for_the_newest_complete_day(tmp_path:
     repository = defs.get_repository_def()
     schedule = repository.get_schedule_def("nightly")
     assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
-        context = dg.build_schedule_context(
+    with (
+        dg.DagsterInstance.local_temp(str(tmp_path)) as instance,
+        # Left open, it would leave its instance to whatever loads definitions next.
+        dg.build_schedule_context(
             instance=instance,
             repository_def=repository,
             scheduled_execution_time=datetime(2026, 2, 10, 3, 0, tzinfo=UTC),
-        )
+        ) as context,
+    ):
         (request,) = schedule.evaluate_tick(context).run_requests
     assert request.partition_key == "2026-02-09"
     assert request.run_key == "2026-02-09"

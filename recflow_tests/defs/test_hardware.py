@@ -195,12 +195,15 @@ def test_jobs_and_the_schedule_tag_their_runs_with_what_their_steps_need(tmp_pat
         assert tags == expected, job
         assert bool(expected) == (job not in ("ingest", "monitor"))
     schedule = repository.get_schedule_def("nightly")
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
-        context = dg.build_schedule_context(
+    with (
+        dg.DagsterInstance.local_temp(str(tmp_path)) as instance,
+        # Left open, it would leave its instance to whatever loads definitions next.
+        dg.build_schedule_context(
             instance=instance,
             repository_def=repository,
             scheduled_execution_time=datetime(2026, 2, 10, 3, 0, tzinfo=UTC),
-        )
+        ) as context,
+    ):
         (request,) = schedule.evaluate_tick(context).run_requests
     full = defs.resolve_job_def("full").tags
     assert {key: request.tags[key] for key in TAGS} == {key: full[key] for key in TAGS}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -14,8 +15,10 @@ from dagster._core.remote_origin import (
 )
 
 from recflow.adapters.keys import DRIFT, FINE_TUNED, ITEM_VECTORS, REPORT
+from recflow.core.artifacts import Artifact, Manifest, StoredFile
 from recflow.core.errors import ArtifactError
 from recflow.definitions import defs
+from recflow.defs.common import artifact_metadata
 from recflow.defs.jobs import TRAIN_TAGS
 from recflow.defs.monitoring.evidence import read_evidence
 from recflow.defs.monitoring.sensors import retraining
@@ -51,25 +54,29 @@ def january(number: int) -> str:
 
 
 def found(
-    instance: dg.DagsterInstance, number: int, *drifted: str, digest: str = "", **others: Any
-) -> None:
-    """A day's drift, as the asset reports it."""
+    instance: dg.DagsterInstance, number: int, *drifted: str, report: str = "", **others: Any
+) -> DriftEvidence:
+    """A day's drift, stored and reported as assets do; another report has another digest."""
     day = date(2024, 1, number)
-    evidence = DriftEvidence(day, digest or f"report-{number}", drifted=drifted, **others)
-    metadata = {
-        **{name: _metadata(value) for name, value in evidence.to_facts().items()},
-        "digest": dg.MetadataValue.text(evidence.digest),
-        "rows": dg.MetadataValue.int(1000),
-    }
-    instance.report_runless_asset_event(
-        dg.AssetMaterialization(DRIFT_KEY, partition=str(day), metadata=metadata)
+    facts = DriftEvidence(day, "", drifted=drifted, **others).to_facts()
+    artifact = Artifact(
+        Path("store", DRIFT, str(day)),
+        Manifest(
+            key=DRIFT,
+            partition=str(day),
+            fingerprint="",
+            parents={},
+            config={},
+            facts={**facts, "rows": 1000},
+            files={"report.json": StoredFile(report or f"report-{number}", 1)},
+            created_at="",
+            library_versions={},
+        ),
     )
-
-
-def _metadata(value: Any) -> dg.MetadataValue:
-    if isinstance(value, bool):
-        return dg.MetadataValue.bool(value)
-    return dg.MetadataValue.text(value) if isinstance(value, str) else dg.MetadataValue.json(value)
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization(DRIFT_KEY, partition=str(day), metadata=artifact_metadata(artifact))
+    )
+    return DriftEvidence(day, artifact.digest, drifted=drifted, **others)
 
 
 def run_of(
@@ -131,14 +138,11 @@ def test_the_newest_report_of_each_of_the_newest_days_counts(
     instance: dg.DagsterInstance,
 ) -> None:
     found(instance, 3, "hour")
-    found(instance, 5, "hour", champion="7", champion_snapshot="2023-12-31")
-    found(instance, 4, decayed=True)
-    found(instance, 3, digest="again")
-    assert read_evidence(instance, 2) == [
-        DriftEvidence(date(2024, 1, 4), "report-4", decayed=True),
-        DriftEvidence(date(2024, 1, 5), "report-5", "7", "2023-12-31", ("hour",)),
-    ]
-    assert read_evidence(instance, 9)[0] == DriftEvidence(date(2024, 1, 3), "again")
+    fifth = found(instance, 5, "hour", champion="7", champion_snapshot="2023-12-31")
+    fourth = found(instance, 4, decayed=True)
+    third = found(instance, 3, report="again")
+    assert read_evidence(instance, 2) == [fourth, fifth]
+    assert read_evidence(instance, 9) == [third, fourth, fifth]
 
 
 def test_nothing_is_known_of_an_empty_instance(instance: dg.DagsterInstance) -> None:
@@ -262,11 +266,11 @@ def test_the_sensor_of_the_location_asks_its_job(instance: dg.DagsterInstance) -
     repository = defs.get_repository_def()
     sensor = repository.get_sensor_def("retrain_on_drift")
     assert [target.job_name for target in sensor.targets] == ["retrain"]
-    context = dg.build_sensor_context(instance=instance, repository_def=repository)
-    assert sensor.evaluate_tick(context).skip_message == "no day has a drift report yet"
-    found(instance, 8, "hour")
-    found(instance, 9, decayed=True)
-    (request,) = sensor.evaluate_tick(context).run_requests or ()
+    with dg.build_sensor_context(instance=instance, repository_def=repository) as context:
+        assert sensor.evaluate_tick(context).skip_message == "no day has a drift report yet"
+        found(instance, 8, "hour")
+        found(instance, 9, decayed=True)
+        (request,) = sensor.evaluate_tick(context).run_requests or ()
     assert request.partition_key == "2024-01-09"
     assert request.job_name in (None, "retrain")
     assert "the champion ranks worse on 2024-01-09" in request.tags["recflow/reason"]
@@ -333,19 +337,24 @@ def test_reasons_of_any_length_become_tags(instance: dg.DagsterInstance) -> None
 # Nightly and drift
 
 
-def nightly(instance: dg.DagsterInstance, day: int) -> dg.RunRequest | str:
+def tick_of(schedule: str, instance: dg.DagsterInstance, day: int) -> dg.RunRequest | str:
     """The tick in the night that follows a day."""
     repository = defs.get_repository_def()
-    context = dg.build_schedule_context(
+    # Left open, the context would leave its instance to whatever loads definitions next.
+    with dg.build_schedule_context(
         instance=instance,
         repository_def=repository,
         scheduled_execution_time=datetime(2024, 1, day, 3, tzinfo=UTC) + timedelta(days=1),
-    )
-    result = repository.get_schedule_def("nightly").evaluate_tick(context)
+    ) as context:
+        result = repository.get_schedule_def(schedule).evaluate_tick(context)
     if result.run_requests:
         return result.run_requests[0]
     assert result.skip_message
     return result.skip_message
+
+
+def nightly(instance: dg.DagsterInstance, day: int) -> dg.RunRequest | str:
+    return tick_of("nightly", instance, day)
 
 
 def launch(
@@ -403,8 +412,8 @@ def test_the_nightly_run_is_known_by_its_day(instance: dg.DagsterInstance) -> No
     assert again.run_key == request.run_key
 
 
-def test_every_training_carries_its_snapshot_however_it_is_started() -> None:
-    for job in ("train", "full", "retrain"):
+def test_every_run_of_a_day_carries_it_however_it_is_started() -> None:
+    for job in ("monitor", "train", "full", "retrain"):
         definition = defs.resolve_job_def(job)
         tags = definition.get_tags_for_partition_key("2024-01-09", None)
         assert tags["recflow/snapshot"] == "2024-01-09", job
@@ -413,15 +422,9 @@ def test_every_training_carries_its_snapshot_however_it_is_started() -> None:
 def test_the_daily_look_at_drift_requests_the_newest_complete_day(
     instance: dg.DagsterInstance,
 ) -> None:
-    repository = defs.get_repository_def()
-    schedule = repository.get_schedule_def("monitor_daily")
-    assert schedule.job.name == "monitor"
-    context = dg.build_schedule_context(
-        instance=instance,
-        repository_def=repository,
-        scheduled_execution_time=datetime(2024, 1, 10, 3, tzinfo=UTC),
-    )
-    (request,) = schedule.evaluate_tick(context).run_requests or ()
+    assert defs.get_repository_def().get_schedule_def("monitor_daily").job.name == "monitor"
+    request = tick_of("monitor_daily", instance, 9)
+    assert isinstance(request, dg.RunRequest)
     assert request.run_key == request.partition_key == "2024-01-09"
     assert request.tags["recflow/snapshot"] == "2024-01-09"
     # It makes no model, and waits for no GPU.

@@ -166,7 +166,7 @@ class Site:
             return any(words in (tick.skip_reason or "") for tick in self.ticks(began))
 
         began = time.time()
-        self.wait(90, words, said)
+        self.wait(180, words, said)
 
 
 @pytest.fixture
@@ -222,17 +222,17 @@ def test_drift_launches_one_training_whatever_is_killed(site: Site) -> None:
     assert "retrain_on_drift is on" in site.loop("on")
     site.found(1, 2, 3)
     site.start_daemon()
-    site.wait(60, "a tick", lambda: site.instance.all_instigator_state() and site.ticks())
+    site.wait(180, "a tick", lambda: site.instance.all_instigator_state() and site.ticks())
     site.wait_until_it_says("0 of the last 3 days are beyond a limit; 2 of 3 are needed")
     assert site.runs() == []
 
     # Killed while the sensor is asked, and again as soon as there is a run.
     site.found(4, 5, drifted=["click_rate"])
     injected = time.time()
-    site.wait(60, "a tick that goes on", lambda: site.ticks(injected), pause=0.005)
+    site.wait(180, "a tick that goes on", lambda: site.ticks(injected), pause=0.005)
     site.kill_daemon()
     site.start_daemon()
-    site.wait(60, "a run", site.runs, pause=0.005)
+    site.wait(180, "a run", site.runs, pause=0.005)
     site.kill_daemon()
     site.start_daemon()
     site.wait_until_it_says("snapshot 2024-01-05 was trained by run")
@@ -247,7 +247,7 @@ def test_drift_launches_one_training_whatever_is_killed(site: Site) -> None:
     assert "click_rate on 2 days" in run.tags["recflow/reason"]
 
     # The check that did not hold is told of, though the run succeeded and the webhook was busy.
-    site.wait(60, "the check", lambda: site.webhook.messages)
+    site.wait(180, "the check", lambda: site.webhook.messages)
     (message,) = site.webhook.messages
     assert message["kind"] == "checks_failed"
     assert message["headline"] == "retrain of 2024-01-05 has a check that failed"
@@ -263,7 +263,7 @@ def test_drift_launches_one_training_whatever_is_killed(site: Site) -> None:
     _, second = site.runs()
     assert second.tags["recflow/snapshot"] == "2024-01-08"
     assert site.trained == ["2024-01-05", "2024-01-08"]
-    site.wait(60, "the failure", lambda: len(site.webhook.messages) > 1)
+    site.wait(180, "the failure", lambda: len(site.webhook.messages) > 1)
     failure = site.webhook.messages[1]
     assert failure["run_id"] == second.run_id
     assert failure["headline"] == "retrain of 2024-01-08 failed"

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from recflow.modeling.ranker import load_ranker
 from recflow.serving.bundle import catalogue_vectors
 from recflow.settings import PROJECT_ROOT
 from recflow_tests.integration.deployment import QUICK, TRAIN, Deployment
+from recflow_tests.unit.adapters.registry_world import WHY, RegistryWorld
 
 pytestmark = [
     pytest.mark.integration,
@@ -35,10 +37,11 @@ pytestmark = [
 
 FIRST, SECOND, THIRD = "2024-01-12", "2024-01-13", "2024-01-14"
 STORED = ["raw", "cleaned", "features", "validations"]
-# Learns nothing: what it makes is as good as chance, and certainly worse than what was trained.
+# Learns nothing, and without categories all that is left is the tiny encoder's random weights.
 UNTRAINED = {
     **QUICK["models__fine_tuned"]["config"],
     "optimiser": {"head_learning_rate": 1e-12, "encoder_learning_rate": 1e-12},
+    "user_model": {"categories": False},
 }
 
 
@@ -101,7 +104,10 @@ def first(world: World) -> World:
 @pytest.fixture(scope="module")
 def waiting(first: World) -> World:
     """A better candidate, where a person decides."""
-    done = first.deployment(APPROVAL="required").materialise(TRAIN, SECOND, training(learns=True))
+    # On so few impressions an interval is wide.
+    done = first.deployment(APPROVAL="required").materialise(
+        TRAIN, SECOND, training(learns=True, gate={"epsilon": 0.05})
+    )
     assert done.returncode == 0, done.stderr
     assert "candidate_may_become_champion holds" in done.stderr
     assert first.registry.aliases() == {"champion": "1", "candidate": "2"}
@@ -168,27 +174,27 @@ def test_a_second_run_of_the_same_snapshot_changes_nothing(approved: World) -> N
     assert approved.registry.aliases() == {"champion": "2", "previous_champion": "1"}
 
 
-@pytest.fixture(scope="module")
-def server(approved: World) -> Iterator[str]:
-    """``mlflow models serve`` of the champion, as its address."""
+@contextmanager
+def started(health: str, log: Path, *arguments: str, **environment: str) -> Iterator[str]:
+    """Start a server of MLflow on a free port of this machine, and yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    bin_folder = Path(sys.executable).parent
-    log = approved.home / "serve.log"
     with log.open("w") as output:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "mlflow", "models", "serve"),
-                *("--model-uri", f"models:/{approved.registry.name}@champion"),
-                *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
+                *(sys.executable, "-m", "mlflow", *arguments),
+                *("--host", "127.0.0.1", "--port", str(port)),
             ],
             env={
                 **os.environ,
-                "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-                "MLFLOW_TRACKING_URI": approved.registry.store.tracking_uri,
+                # It starts programs of the environment by their names.
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
                 "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
                 "MLFLOW_DISABLE_TELEMETRY": "true",
+                # Jobs of generative AI: seven processes more, for nothing.
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                **environment,
             },
             cwd=PROJECT_ROOT,
             stdout=output,
@@ -202,7 +208,7 @@ def server(approved: World) -> Iterator[str]:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             try:
-                with urllib.request.urlopen(f"{address}/ping", timeout=5):
+                with urllib.request.urlopen(f"{address}/{health}", timeout=5):
                     break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.3)
@@ -210,6 +216,20 @@ def server(approved: World) -> Iterator[str]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(approved: World) -> Iterator[str]:
+    """``mlflow models serve`` of the champion, as its address."""
+    registry = approved.registry
+    with started(
+        "ping",
+        approved.home / "serve.log",
+        *("models", "serve", "--model-uri", f"models:/{registry.name}@champion"),
+        *("--env-manager", "local"),
+        MLFLOW_TRACKING_URI=registry.store.tracking_uri,
+    ) as address:
+        yield address
 
 
 def ask(address: str, *rows: Mapping[str, Any]) -> tuple[int, Any]:
@@ -277,3 +297,22 @@ def test_a_rollback_by_command_and_one_by_job(approved: World) -> None:
     last = approved.registry.history()[-1]
     assert (last.action, last.reason) == ("rolled_back", "it was the weather")
     assert last.run
+
+
+def test_a_server_keeps_the_registry_as_a_file_does(tmp_path: Path) -> None:
+    with started(
+        "health",
+        tmp_path / "server.log",
+        *("server", "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"),
+        *("--artifacts-destination", str(tmp_path / "artifacts"), "--workers", "1"),
+    ) as address:
+        there = RegistryWorld(tmp_path, MlflowStore(address, "tests"), "recflow")
+        assert there.registry.champion(there.cache) is None
+        first, second = there.promoted("a"), there.promoted("b")
+        assert there.served() == "b"
+        assert there.registry.aliases() == {"champion": second, "previous_champion": first}
+        there.registry.rollback(WHY)
+        assert there.served() == "a"
+        assert [event[0] for event in there.events()] == [
+            *("registered", "promoted", "registered", "promoted", "rolled_back")
+        ]

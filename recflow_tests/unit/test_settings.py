@@ -196,3 +196,31 @@ def test_files_of_devices_and_measurements_must_exist(
             context.setenv(name, str(tmp_path / "missing"))
             with pytest.raises(ConfigError, match=f"{name} = .*missing.*allowed: an existing file"):
                 load_settings()
+
+
+def test_the_candidate_is_a_model_of_the_family(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert load_settings().candidate == "fine_tuned"
+    monkeypatch.setenv("RECFLOW_CANDIDATE", "half")
+    assert load_settings().candidate == "half"
+    family = tmp_path / "family.toml"
+    family.write_text('[small]\nparent = "fine_tuned"\nstep = "trim"\n')
+    monkeypatch.setenv("RECFLOW_FAMILY", str(family))
+    with pytest.raises(
+        ConfigError, match=r"RECFLOW_CANDIDATE = 'half' .*allowed: fine_tuned, small$"
+    ):
+        load_settings()
+
+
+def test_approvals_are_automatic_or_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().approval == "automatic"
+    monkeypatch.setenv("RECFLOW_APPROVAL", "sometimes")
+    with pytest.raises(ConfigError, match=r"RECFLOW_APPROVAL = 'sometimes' .*'automatic' or"):
+        load_settings()
+
+
+def test_names_that_mlflow_refuses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECFLOW_REGISTERED_MODEL", "a/b")
+    with pytest.raises(ConfigError, match="RECFLOW_REGISTERED_MODEL = 'a/b'"):
+        load_settings()

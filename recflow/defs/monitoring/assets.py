@@ -3,7 +3,7 @@
 import dagster as dg
 from pydantic import Field
 
-from recflow.adapters.keys import DRIFT, FEATURES_IMPRESSIONS, FEATURES_ITEMS
+from recflow.adapters.keys import CHAMPION, DRIFT, FEATURES_IMPRESSIONS, FEATURES_ITEMS
 from recflow.defs.common import (
     Rebuild,
     artifact_result,
@@ -14,7 +14,7 @@ from recflow.defs.common import (
     link_to,
 )
 from recflow.defs.models.run_config import own_values, run_config
-from recflow.defs.partitions import WINDOW, window_keys
+from recflow.defs.partitions import EARLIER, WINDOW, window_keys
 from recflow.defs.resources import RegistryResource, StoreResource, settings
 from recflow.hardware.requirements import POOL
 from recflow.quality.drift_config import DriftConfig
@@ -38,7 +38,9 @@ class DriftRunConfig(DriftKeys):
     deps=[
         dg.AssetDep(key, partition_mapping=WINDOW)
         for key in keys_of([FEATURES_IMPRESSIONS, FEATURES_ITEMS])
-    ],
+    ]
+    # Whichever was promoted last.
+    + [dg.AssetDep(key, partition_mapping=EARLIER) for key in keys_of([CHAMPION])],
     # Scores a day and imports what training imports: not beside a training.
     pool=POOL,
     code_version="1",

@@ -10,79 +10,14 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from recflow.adapters.mlflow_registry import (
-    BUNDLE_PATH,
-    Audit,
-    Candidate,
-    GateRecord,
-    ModelRegistry,
-)
+from recflow.adapters.mlflow_registry import BUNDLE_PATH, Audit, Candidate, GateRecord
 from recflow.adapters.mlflow_tracking import MlflowStore
-from recflow.core.artifacts import Draft, build_artifact, read_artifact
+from recflow.core.artifacts import read_artifact
 from recflow.core.errors import ArtifactError, PromotionError
+from recflow_tests.unit.adapters.registry_world import WHY, RegistryWorld
 
 # MLflow 3.17 with SQLAlchemy 2.1; nothing of ours can avoid it.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-
-WHY = Audit("a test", who="somebody", run="dagster-run")
-
-
-class World:
-    """A registry of its own, and candidates made of a few bytes."""
-
-    def __init__(self, folder: Path, store: MlflowStore, name: str) -> None:
-        self.folder = folder
-        self.registry = ModelRegistry(store, name)
-        self.mlflow_run = store.create_run(name, {})
-        self.cache = folder / "cache"
-
-    def candidate(self, weights: str, champion: str = "", name: str = "fine_tuned") -> Candidate:
-        """An MLflow model whose ranker has these weights, judged against this version."""
-        directory = self.folder / "models" / weights
-        ranker = build_artifact(
-            self.folder / "rankers" / weights,
-            lambda draft: _write(draft, "config.json", weights),
-            key=f"models/{name}",
-            code_version="1",
-            parents={},
-            config={},
-        )
-
-        def bundle(draft: Draft) -> None:
-            (draft.path / "ranker").mkdir()
-            for file in ("config.json", "manifest.json"):
-                text = (ranker.path / file).read_text()
-                (draft.path / "ranker" / file).write_text(text)
-
-        build_artifact(
-            directory / BUNDLE_PATH, bundle, key="bundle", code_version="1", parents={}, config={}
-        )
-        (directory / "MLmodel").write_text("flavors: {}\n")
-        gate = GateRecord(f"gate of {weights}", champion, ["passed: everything"], {"model": 0.7})
-        return Candidate(directory, name, "2024-01-10", ranker.digest, gate)
-
-    def register(self, candidate: Candidate) -> str:
-        return self.registry.register(candidate, WHY, mlflow_run=self.mlflow_run).version
-
-    def promoted(self, weights: str) -> str:
-        """The version of a candidate that passed the gate and was promoted."""
-        champion = self.registry.aliases().get("champion", "")
-        version = self.register(self.candidate(weights, champion))
-        self.registry.promote(version, WHY)
-        return version
-
-    def served(self) -> str:
-        """The weights users get."""
-        champion = self.registry.champion(self.cache)
-        assert champion is not None
-        return (champion.path / "config.json").read_text()
-
-    def events(self) -> list[tuple[str, str, str]]:
-        return [(e.action, e.version, e.former) for e in self.registry.history()]
-
-
-def _write(draft: Draft, name: str, text: str) -> None:
-    (draft.path / name).write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +26,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> MlflowStore:
 
 
 @pytest.fixture
-def world(tmp_path: Path, store: MlflowStore, request: pytest.FixtureRequest) -> World:
-    return World(tmp_path, store, request.node.name.replace("[", " ").replace("]", ""))
+def world(tmp_path: Path, store: MlflowStore, request: pytest.FixtureRequest) -> RegistryWorld:
+    return RegistryWorld(tmp_path, store, request.node.name.replace("[", " ").replace("]", ""))
 
 
-def test_nothing_was_promoted_yet(world: World) -> None:
+def test_nothing_was_promoted_yet(world: RegistryWorld) -> None:
     assert world.registry.champion(world.cache) is None
     assert world.registry.aliases() == {}
     assert world.registry.history() == []
@@ -105,13 +40,13 @@ def test_nothing_was_promoted_yet(world: World) -> None:
         world.registry.rollback(WHY)
 
 
-def test_a_registered_candidate_is_not_yet_what_users_get(world: World) -> None:
+def test_a_registered_candidate_is_not_yet_what_users_get(world: RegistryWorld) -> None:
     version = world.register(world.candidate("a"))
     assert world.registry.aliases() == {"candidate": version}
     assert world.registry.champion(world.cache) is None
 
 
-def test_a_promoted_version_is_served_with_its_files(world: World) -> None:
+def test_a_promoted_version_is_served_with_its_files(world: RegistryWorld) -> None:
     candidate = world.candidate("a")
     version = world.register(candidate)
     promotion = world.registry.promote(version, WHY)
@@ -125,7 +60,9 @@ def test_a_promoted_version_is_served_with_its_files(world: World) -> None:
     assert world.served() == "a"
 
 
-def test_a_version_says_who_what_why_and_on_what_evidence(world: World, store: MlflowStore) -> None:
+def test_a_version_says_who_what_why_and_on_what_evidence(
+    world: RegistryWorld, store: MlflowStore
+) -> None:
     version = world.promoted("a")
     tags = store.client().get_model_version(world.registry.name, version).tags
     assert tags["recflow.promoted_by"] == tags["recflow.registered_by"] == "somebody"
@@ -138,7 +75,7 @@ def test_a_version_says_who_what_why_and_on_what_evidence(world: World, store: M
     assert described.gate == GateRecord("gate of a", "", ("passed: everything",), {"model": 0.7})
 
 
-def test_the_second_champion_keeps_the_first_for_a_rollback(world: World) -> None:
+def test_the_second_champion_keeps_the_first_for_a_rollback(world: RegistryWorld) -> None:
     first, second = world.promoted("a"), world.promoted("b")
     assert world.registry.aliases() == {"champion": second, "previous_champion": first}
     assert world.events() == [
@@ -149,7 +86,7 @@ def test_the_second_champion_keeps_the_first_for_a_rollback(world: World) -> Non
     ]
 
 
-def test_the_same_candidate_is_registered_once(world: World, store: MlflowStore) -> None:
+def test_the_same_candidate_is_registered_once(world: RegistryWorld, store: MlflowStore) -> None:
     candidate = world.candidate("a")
     first = world.register(candidate)
     newer = replace(candidate, gate=GateRecord("a newer gate", "7"))
@@ -161,7 +98,7 @@ def test_the_same_candidate_is_registered_once(world: World, store: MlflowStore)
     assert world.events() == [("registered", first, "")]
 
 
-def test_promoting_the_champion_changes_nothing(world: World) -> None:
+def test_promoting_the_champion_changes_nothing(world: RegistryWorld) -> None:
     first, second = world.promoted("a"), world.promoted("b")
     before = world.events()
     promotion = world.registry.promote(second, WHY)
@@ -172,7 +109,9 @@ def test_promoting_the_champion_changes_nothing(world: World) -> None:
     assert "candidate" not in world.registry.aliases()
 
 
-def test_a_champion_that_changed_since_the_gate_decided_is_not_replaced(world: World) -> None:
+def test_a_champion_that_changed_since_the_gate_decided_is_not_replaced(
+    world: RegistryWorld,
+) -> None:
     first = world.promoted("a")
     late = world.register(world.candidate("b", first))
     second = world.promoted("c")
@@ -182,7 +121,7 @@ def test_a_champion_that_changed_since_the_gate_decided_is_not_replaced(world: W
     assert world.served() == "c"
 
 
-def test_a_candidate_judged_without_champion_does_not_replace_one(world: World) -> None:
+def test_a_candidate_judged_without_champion_does_not_replace_one(world: RegistryWorld) -> None:
     late = world.register(world.candidate("b"))
     world.promoted("a")
     with pytest.raises(PromotionError, match="no champion"):
@@ -190,7 +129,7 @@ def test_a_candidate_judged_without_champion_does_not_replace_one(world: World) 
     assert world.served() == "a"
 
 
-def test_an_approval_promotes_what_waits(world: World) -> None:
+def test_an_approval_promotes_what_waits(world: RegistryWorld) -> None:
     first = world.promoted("a")
     waiting = world.register(world.candidate("b", first))
     world.registry.wait_for_approval(waiting, WHY)
@@ -206,7 +145,7 @@ def test_an_approval_promotes_what_waits(world: World) -> None:
     assert world.registry.history()[-1].who == "a person"
 
 
-def test_a_rollback_and_another_return_to_where_it_began(world: World) -> None:
+def test_a_rollback_and_another_return_to_where_it_began(world: RegistryWorld) -> None:
     first, second = world.promoted("a"), world.promoted("b")
     back = world.registry.rollback(Audit("clicks fell", who="a person"))
     assert (back.champion, back.former, back.changed) == (first, second, True)
@@ -220,7 +159,7 @@ def test_a_rollback_and_another_return_to_where_it_began(world: World) -> None:
     assert world.events()[-2:] == [("rolled_back", first, second), ("rolled_back", second, first)]
 
 
-def test_there_is_nothing_to_roll_back_to_after_one_promotion(world: World) -> None:
+def test_there_is_nothing_to_roll_back_to_after_one_promotion(world: RegistryWorld) -> None:
     world.promoted("a")
     with pytest.raises(PromotionError, match="no previous champion"):
         world.registry.rollback(WHY)
@@ -263,7 +202,7 @@ def _kill_at(monkeypatch: pytest.MonkeyPatch, call: int) -> Callable[[], bool]:
 
 
 def test_a_promotion_killed_anywhere_leaves_a_whole_model_and_a_rerun_completes_it(
-    world: World,
+    world: RegistryWorld,
 ) -> None:
     first = world.promoted("a")
     former, moments, served = first, 0, set[str]()
@@ -299,7 +238,7 @@ def test_a_promotion_killed_anywhere_leaves_a_whole_model_and_a_rerun_completes_
 
 
 def test_a_rollback_killed_anywhere_is_completed_by_the_next_and_not_done_twice(
-    world: World,
+    world: RegistryWorld,
 ) -> None:
     world.promoted("a")
     world.promoted("b")
@@ -324,7 +263,7 @@ def test_a_rollback_killed_anywhere_is_completed_by_the_next_and_not_done_twice(
     assert moments == 7
 
 
-def test_altered_files_are_refused(world: World, store: MlflowStore) -> None:
+def test_altered_files_are_refused(world: RegistryWorld, store: MlflowStore) -> None:
     version = world.promoted("a")
     place = store.client().get_model_version(world.registry.name, version).source
     assert place is not None
@@ -335,7 +274,9 @@ def test_altered_files_are_refused(world: World, store: MlflowStore) -> None:
         world.registry.champion(world.cache)
 
 
-def test_a_whole_model_of_another_promotion_is_refused(world: World, store: MlflowStore) -> None:
+def test_a_whole_model_of_another_promotion_is_refused(
+    world: RegistryWorld, store: MlflowStore
+) -> None:
     # Everything fits together, but it is not what was registered under this version.
     version = world.promoted("a")
     place = store.client().get_model_version(world.registry.name, version).source
@@ -349,7 +290,7 @@ def test_a_whole_model_of_another_promotion_is_refused(world: World, store: Mlfl
         world.registry.champion(world.cache)
 
 
-def test_a_damaged_cache_is_fetched_anew(world: World) -> None:
+def test_a_damaged_cache_is_fetched_anew(world: RegistryWorld) -> None:
     world.promoted("a")
     champion = world.registry.champion(world.cache)
     assert champion is not None
@@ -359,7 +300,7 @@ def test_a_damaged_cache_is_fetched_anew(world: World) -> None:
     assert world.served() == "a"
 
 
-def test_missing_files_are_named(world: World, store: MlflowStore) -> None:
+def test_missing_files_are_named(world: RegistryWorld, store: MlflowStore) -> None:
     version = world.promoted("a")
     place = store.client().get_model_version(world.registry.name, version).source
     assert place is not None
@@ -368,7 +309,7 @@ def test_missing_files_are_named(world: World, store: MlflowStore) -> None:
         world.registry.champion(world.cache)
 
 
-def test_a_candidate_that_is_not_what_it_says_is_not_registered(world: World) -> None:
+def test_a_candidate_that_is_not_what_it_says_is_not_registered(world: RegistryWorld) -> None:
     wrong = replace(world.candidate("a"), digest="0" * 64)
     with pytest.raises(ArtifactError, match="another model"):
         world.register(wrong)
@@ -376,7 +317,7 @@ def test_a_candidate_that_is_not_what_it_says_is_not_registered(world: World) ->
 
 
 def test_a_version_that_somebody_else_registered_is_not_taken_for_one(
-    world: World, store: MlflowStore
+    world: RegistryWorld, store: MlflowStore
 ) -> None:
     world.promoted("a")
     client = store.client()

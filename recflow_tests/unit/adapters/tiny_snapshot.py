@@ -19,7 +19,10 @@ def store_snapshot(store: ArtifactStore, day: str, *, train: int = 200, seed: in
         ITEMS: catalogue.with_columns(items[Columns.TEXT]),
         TRAIN: _impressions(items, train, seed),
         VALIDATION: _impressions(items, 60, seed + 1),
-        TEST: _impressions(items, 60, seed + 2),
+        # On the day after, as tests are.
+        TEST: _impressions(items, 60, seed + 2).with_columns(
+            pl.col(Columns.TIME) + pl.duration(days=1)
+        ),
     }
     for key, frame in frames.items():
         store.build(

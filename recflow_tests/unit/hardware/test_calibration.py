@@ -1,5 +1,6 @@
 """Factors of a machine: kept as a file, and fitted to what was measured."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,12 @@ import pytest
 
 from recflow.core.errors import ConfigError
 from recflow.hardware import probe
-from recflow.hardware.calibration import default_calibration, load_calibration, save_calibration
+from recflow.hardware.calibration import (
+    Calibration,
+    default_calibration,
+    load_calibration,
+    save_calibration,
+)
 from recflow.hardware.catalogue import load_catalogue
 from recflow.hardware.planner import plan_training
 
@@ -20,7 +26,7 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert load_calibration(tmp_path / "machine.json") == written
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"layout": 0}', '{"layout": 1, "speed": 3}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"layout": 0}', '{"layout": 2, "speed": 3}'])
 def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "machine.json"
     file.write_text(content, encoding="utf-8")
@@ -33,12 +39,24 @@ def test_the_share_of_another_family_is_that_of_bert() -> None:
     assert factors.heap_share("decoder", "bf16", "adapters") == factors.heap["bert bf16 adapters"]
 
 
-def made_up_runs(threads: int) -> list[tuple[dict[str, Any], str, dict[str, Any]]]:
-    """Reports of a machine that reaches exactly the default factors."""
+def test_the_share_is_halved_at_the_half_width() -> None:
+    factors = replace(default_calibration(CPU), matrix_share={"bf16": 0.9}, half_width=384.0)
+    # The widest share over one plus the half width a width.
+    assert factors.share("bf16", 384) == pytest.approx(0.45)
+    assert factors.share("bf16", 1_152) == pytest.approx(0.675)
+    assert factors.share("bf16", 128) == pytest.approx(0.225)
+    even = replace(factors, half_width=0.0)
+    assert even.share("bf16", 128) == even.share("bf16", 4_096) == 0.9
+
+
+def made_up_runs(
+    factors: Calibration, threads: int
+) -> list[tuple[dict[str, Any], str, dict[str, Any]]]:
+    """Reports of a machine that reaches exactly these factors."""
     runs = []
     for encoder, values in probe._TRAININGS:
         shape, config, workload = probe._plan_parts(encoder, values, threads)
-        plan = plan_training(shape, config, workload, CPU, default_calibration(CPU))
+        plan = plan_training(shape, config, workload, CPU, factors)
         stages = {stage.name: stage.seconds for stage in plan.stages}
         epochs = [
             {"phase": phase, "steps": 5, "seconds": 5 * stages[phase] + 1, "validation_seconds": 1}
@@ -54,11 +72,13 @@ def made_up_runs(threads: int) -> list[tuple[dict[str, Any], str, dict[str, Any]
 
 
 def test_the_fit_finds_the_factors_of_a_machine() -> None:
-    truth, runs = default_calibration(CPU), made_up_runs(2)
+    truth = replace(default_calibration(CPU), half_width=260.0)
+    runs = made_up_runs(truth, 2)
     wrong = {"fp32": 0.1, "bf16": 0.1}
-    start = probe.replace(truth, matrix_share=wrong, bandwidth_share=0.9, context_bytes=1)
+    start = replace(truth, matrix_share=wrong, half_width=0.0, bandwidth_share=0.9, context_bytes=1)
     fitted = probe._fit_context(runs, CPU, probe._fit_seconds(runs, CPU, start, 2), 2)
     assert fitted.matrix_share == pytest.approx(truth.matrix_share, rel=1e-3)
+    assert fitted.half_width == truth.half_width
     assert fitted.bandwidth_share == pytest.approx(truth.bandwidth_share, rel=1e-3)
     assert fitted.operator_seconds == pytest.approx(truth.operator_seconds, rel=1e-3)
     assert fitted.context_bytes == pytest.approx(truth.context_bytes, rel=1e-3)

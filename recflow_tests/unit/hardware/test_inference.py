@@ -177,3 +177,17 @@ def test_every_device_has_a_finite_plan_of_every_preset(preset: str) -> None:
             assert 0 < plan.memory.total < math.inf
             assert 0 < plan.usd_per_million < math.inf
             assert 0 < plan.latency_seconds < math.inf
+
+
+def test_a_machine_four_times_as_large_ranks_for_four_times_as_many_users() -> None:
+    looked_up = replace(TEXTS, items=1_000, texts=0, candidates=20, history=10)
+    large = replace(
+        CPU,
+        cores=8,
+        bandwidth_gb_s=4 * CPU.bandwidth_gb_s,
+        teraflops={name: 4 * rate for name, rate in CPU.teraflops.items()},
+    )
+    small, wide = (plan_inference(ServedModel.of(MINILM), looked_up, each) for each in (CPU, large))
+    assert wide.recommendations_per_second == pytest.approx(4 * small.recommendations_per_second)
+    one = plan_inference(ServedModel.of(MINILM), looked_up, CPU, threads=1)
+    assert one.recommendations_per_second < small.recommendations_per_second

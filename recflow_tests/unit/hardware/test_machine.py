@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -10,7 +9,6 @@ import pytest
 
 from recflow.core.errors import HardwareError
 from recflow.hardware import machine
-from recflow.hardware.calibration import default_calibration
 from recflow.hardware.device import GIB, Device, Kind, Precision, Price
 from recflow.hardware.machine import (
     FreeMemory,
@@ -22,7 +20,6 @@ from recflow.hardware.machine import (
     own_memory,
     this_machine,
     usable_cores,
-    with_measured_rates,
 )
 
 UNLIMITED = "9223372036854771712"
@@ -223,14 +220,3 @@ def test_a_catalogue_without_the_kind_is_refused() -> None:
     gpus = {name: each for name, each in CATALOGUE.items() if each.is_gpu}
     with pytest.raises(HardwareError, match=r"no cpu.*RECFLOW_CATALOGUE"):
         this_machine(gpus)
-
-
-def test_measured_rates_take_the_place_of_the_class() -> None:
-    kind = CATALOGUE["cpu-8"]
-    none = default_calibration(kind)
-    assert with_measured_rates(kind, none) == kind
-    measured = replace(none, teraflops={"fp32": 0.25, "int8": 9.0}, bandwidth_gb_s=17.0)
-    found = with_measured_rates(kind, measured)
-    assert dict(found.teraflops) == {"fp32": 0.25, "bf16": 2.0}
-    assert found.bandwidth_gb_s == 17.0
-    assert replace(found, teraflops=kind.teraflops, bandwidth_gb_s=40.0) == kind

@@ -11,7 +11,7 @@ from recflow.core.errors import ConfigError
 from recflow.hardware.calibration import default_calibration
 from recflow.hardware.catalogue import load_catalogue
 from recflow.hardware.plan import TrainingPlan
-from recflow.hardware.planner import plan_training
+from recflow.hardware.planner import Work, plan_training, training_work
 from recflow.hardware.presets import find_shape
 from recflow.hardware.workload import Popularity, TextLengths, TrainingWorkload
 from recflow.modeling.config import TrainingConfig, with_values
@@ -143,3 +143,34 @@ def test_more_layers_than_there_are_is_refused() -> None:
 def test_plans_of_what_was_never_measured_say_so() -> None:
     assert plan().is_calibrated
     assert not plan(device=L4).is_calibrated
+
+
+def works(values: dict[str, Any] | None = None) -> dict[str, Work]:
+    config = with_values(TrainingConfig(), values or {})
+    return training_work(MINILM, config, WORKLOAD, CPU, default_calibration(CPU))
+
+
+def test_products_are_compiled_when_their_shape_is_first_seen() -> None:
+    # Three sizes of matrices. Hidden states: 32 texts of 16 at a time. All items: fifteen batches
+    # of 64 texts, one of 40. Steps: batches of 64, of which only both gradients are new.
+    found, epochs = works(), TrainingConfig().schedule.encoder_epochs
+    assert found["hidden states"].kernels == 3 * 1
+    assert found["encoding"].kernels * (1 + epochs) == 3 * 2
+    steps = epochs * 4_096 / TrainingConfig().schedule.encoder_batch_size
+    assert found["encoder"].kernels * steps == pytest.approx(3 * 2)
+    parts = plan().memory.parts
+    assert parts["kernels"] == (3 + 6 + 6) * default_calibration(CPU).kernel_bytes
+    assert all(work.kernels == 0 for work in works({"speed.precision": "fp32"}).values())
+
+
+def test_low_rank_matrices_move_bytes_in_the_layers_they_are_in() -> None:
+    plain, low_rank = works(), works({"tuning.strategy": "lora"})
+    assert low_rank["hidden states"] == plain["hidden states"]
+    # 256 texts of 16 tokens in two layers, forwards and twice as much backwards: twelve bytes for
+    # each of the ends of four matrices of 384 × 384 and two of 384 × 1,536. AdamW's ten passes over
+    # two layers against those over matrices of rank r at the same ends.
+    ends = 4 * 768 + 2 * 1_920
+    layer = 4 * 384**2 + 2 * 384 * 1_536 + 9 * 384 + 1_536
+    learning = 2 * layer - 2 * TrainingConfig().tuning.rank * ends
+    more = 256 * 16 * 2 * 3 * 12 * ends - 40 * learning
+    assert low_rank["encoder"].bytes - plain["encoder"].bytes == pytest.approx(more)

@@ -36,8 +36,11 @@ def _compare(config: hf.PretrainedConfig, written: dict[str, Any]) -> None:
     assert shape.layers * shape.layer_parameters == pytest.approx(
         sum(map(_count, layers)), rel=1e-12
     )
-    matrices = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() == 2)
-    assert shape.layers * shape.matrix_parameters == pytest.approx(matrices, rel=1e-12)
+    matrices = [p for layer in layers for p in layer.parameters() if p.dim() == 2]
+    counted = sum(matrix.numel() for matrix in matrices)
+    assert shape.layers * shape.matrix_parameters == pytest.approx(counted, rel=1e-12)
+    # PyTorch's matrices have a row an output.
+    assert shape.matrix_kinds == {(matrix.shape[1], matrix.shape[0]) for matrix in matrices}
     norm = architecture.final_norm
     assert shape.top_parameters == (0 if norm is None else _count(norm))
     assert shape.longest_text == architecture.longest_text

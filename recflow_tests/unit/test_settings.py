@@ -131,7 +131,7 @@ def test_splits_must_leave_a_day_to_train_on(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_policy_of_retraining_is_checked_when_it_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert load_settings().trigger_policy == TriggerPolicy(2, 3, 2, True)
+    assert load_settings().trigger_policy == TriggerPolicy(2, 3, 0, True)
     monkeypatch.setenv("RECFLOW_RETRAIN_DAYS_NEEDED", "5")
     with pytest.raises(ConfigError, match=r"RECFLOW_RETRAIN_DAYS_NEEDED = 5 .*LOOKED_AT = 3"):
         load_settings()

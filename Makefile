@@ -8,6 +8,8 @@ DATA ?= movielens
 DIR ?=
 DATE ?=
 ARGS ?=
+# Processes that run the tests; each may take 2 GB.
+WORKERS ?= 2
 UV_VERSION := 0.13.9
 # uv does not read pip's configuration; hand over where pip would look for wheels and indexes.
 PIP_SETTING = $(shell $(PYTHON) -m pip config get $(1) 2>/dev/null)
@@ -43,7 +45,7 @@ dev: $(READY) ## Open Dagster's web UI on what `make demo` materialised (same DA
 	@$(BIN)/recflow dev --data "$(DATA)"
 
 test: $(READY) ## Run the tests (minutes, on 2 cores)
-	$(BIN)/python -m pytest -m "not integration"
+	$(BIN)/python -m pytest -m "not integration" -n $(WORKERS) --dist loadfile
 
 test-integration: $(READY) ## Run the whole lineage in real processes, kills included
 	$(BIN)/python -m pytest -m integration

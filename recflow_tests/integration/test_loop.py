@@ -180,6 +180,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
                 "DEVICES": ",".join(DEVICES),
                 "ALERT_WEBHOOK": webhook.url,
                 "WEB_URL": "http://dagster.example/",
+                # A cooldown, and no retraining that nothing but an earlier alarm asks for.
+                "RETRAIN_COOLDOWN_DAYS": "2",
+                "RETRAIN_SETTLE_DAYS": "0",
             },
         )
         files = {TRAINED: str(tmp_path / "trained"), FAILS: str(tmp_path / "fails")}

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recflow.adapters.drift import evidence_of
 from recflow.adapters.gate import read_decision
 from recflow.adapters.mlflow_registry import ModelRegistry
 from recflow.adapters.mlflow_tracking import MlflowStore
@@ -216,6 +217,20 @@ def started(health: str, log: Path, *arguments: str, **environment: str) -> Iter
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+def test_the_day_after_is_measured_against_the_champion(approved: World) -> None:
+    done = approved.deployment().materialise("group:monitoring", THIRD)
+    assert done.returncode == 0, done.stderr
+    # A day of the sample has about a hundred impressions.
+    assert "monitoring/drift: no_drift holds" in done.stderr
+    drift = approved.deployment().store.get("monitoring/drift", THIRD)
+    evidence = evidence_of(drift)
+    assert (evidence.champion, evidence.champion_snapshot) == ("2", SECOND)
+    assert drift.facts["judged"] is False
+    assert "too few rows to judge" in str(drift.facts["state"])
+    assert 0 < float(str(drift.facts["auc"])) < 1
+    assert "Drift of 2024-01-14" in drift.file("drift.html").read_text()
 
 
 @pytest.fixture(scope="module")

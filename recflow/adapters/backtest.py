@@ -48,7 +48,7 @@ from recflow.core.errors import ConfigError
 from recflow.data.clean import clean_impressions, clean_items
 from recflow.data.features import impression_features, item_features
 from recflow.data.sources.base import Source
-from recflow.data.split import SplitConfig
+from recflow.data.split import SplitConfig, window_keys
 from recflow.evaluation.backtest import (
     METRICS,
     Backtest,
@@ -252,7 +252,7 @@ class MeasureDriftOfDays:
             self.store,
             str(day),
             champion=champion,
-            window=window_of(day, self.window_days),
+            window=window_keys(str(day), self.window_days),
             max_history=self.max_history,
             config=self.config,
             threads=self.threads,
@@ -326,11 +326,6 @@ class JudgeAsPromoted:
         return Verdict(not failed, "; ".join(failed or compared))
 
 
-def window_of(day: date, days: int) -> list[str]:
-    """Partition keys of the window of ``days`` days that ends with a day, oldest first."""
-    return [str(day - timedelta(days=back)) for back in reversed(range(days))]
-
-
 class StoredWorld:
     """A prepared log with models that are trained when they are first asked for.
 
@@ -373,7 +368,7 @@ class StoredWorld:
             build_snapshot(
                 self._store,
                 str(day),
-                window=window_of(day, self._split.window_days),
+                window=window_keys(str(day), self._split.window_days),
                 config=self._split,
                 code_version=_CODE_VERSION,
             )

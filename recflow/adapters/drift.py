@@ -46,6 +46,7 @@ from recflow.quality.drift import (
     Decay,
     DriftReport,
     ItemSample,
+    at_most,
     judge_decay,
     measure_drift,
 )
@@ -523,16 +524,14 @@ def _known_vectors(
 
 
 def _at_most(impressions: pl.DataFrame, config: DriftConfig) -> pl.DataFrame:
-    """At most ``config.most_impressions`` impressions a day, drawn at random."""
-    ordered = impressions.sort(Columns.TIME, Columns.IMPRESSION_ID)
-    kept: list[pl.DataFrame] = []
-    for (day,), rows in ordered.group_by([pl.col(Columns.TIME).dt.date()], maintain_order=True):
-        if rows.height > config.most_impressions:
-            rng = make_rng(config.seed, "impressions of a day", str(day))
-            chosen = rng.choice(rows.height, config.most_impressions, replace=False)
-            rows = rows[np.sort(chosen)]
-        kept.append(rows)
-    return pl.concat(kept)
+    """The impressions of each day that are looked at, before they are scored."""
+    return at_most(
+        impressions,
+        config,
+        order=(Columns.TIME, Columns.IMPRESSION_ID),
+        day=pl.col(Columns.TIME).dt.date(),
+        draw="impressions of a day",
+    )
 
 
 def _write(

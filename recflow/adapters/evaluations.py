@@ -10,6 +10,8 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import cast
 
+import polars as pl
+
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.costs import PriceList, cost_section
 from recflow.adapters.item_vectors import reported_codecs, stored_codecs
@@ -99,12 +101,7 @@ def build_predictions(
     vectors = _item_vectors(store, snapshot, models)
 
     def build(draft: Draft) -> None:
-        data = Snapshot(
-            items=stored.items,
-            train=stored.splits.train,
-            validation=stored.splits.validation,
-            test=stored.splits.test,
-        )
+        data = evaluated(stored)
         for scorer in _scorers(data, models, vectors, base_model, config):
             logger.info("scoring with %s", scorer.name)
             predictions = predict(
@@ -322,6 +319,23 @@ def beats_content_baselines(report: Artifact) -> Claim:
     )
 
 
+def evaluated(stored: StoredSnapshot, truth: pl.DataFrame | None = None) -> Snapshot:
+    """A stored snapshot as evaluation sees it.
+
+    Args:
+        stored: The snapshot.
+        truth: What its clicks were drawn from, where the logs know.
+    """
+    splits = stored.splits
+    return Snapshot(
+        items=stored.items,
+        train=splits.train,
+        validation=splits.validation,
+        test=splits.test,
+        truth=truth,
+    )
+
+
 def load_predictions(artifact: Artifact) -> list[Predictions]:
     """Load the predictions of every scorer."""
     names = cast("list[str]", artifact.facts["scorers"])
@@ -455,14 +469,7 @@ def _with_truth(stored: StoredSnapshot, source: Source, window: Sequence[str]) -
     """The snapshot as evaluation sees it, with the ground truth where the logs have one."""
     end = date.fromisoformat(window[-1]) + timedelta(days=1)
     truth = source.truth(date.fromisoformat(window[0]), end)
-    splits = stored.splits
-    return Snapshot(
-        items=stored.items,
-        train=splits.train,
-        validation=splits.validation,
-        test=splits.test,
-        truth=None if truth is None else truth.collect(),
-    )
+    return evaluated(stored, None if truth is None else truth.collect())
 
 
 def _label_efficiency_study(

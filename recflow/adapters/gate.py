@@ -19,7 +19,7 @@ import polars as pl
 
 from recflow.adapters.artifact_store import ArtifactStore
 from recflow.adapters.champion import Champion
-from recflow.adapters.evaluations import CONTENT_BASELINES, load_measurements
+from recflow.adapters.evaluations import CONTENT_BASELINES, evaluated, load_measurements
 from recflow.adapters.keys import GATE, MEASUREMENTS, PREDICTIONS, REPORT
 from recflow.adapters.mlflow_registry import (
     Audit,
@@ -131,12 +131,7 @@ def build_gate(
             return earlier
 
     def build(draft: Draft) -> None:
-        data = Snapshot(
-            items=stored.items,
-            train=stored.splits.train,
-            validation=stored.splits.validation,
-            test=stored.splits.test,
-        )
+        data = evaluated(stored)
         evaluation = _evaluate(predictions, candidate, champion, data, config, scoring)
         _write_model(
             draft.path, model, candidate, snapshot, data, evaluation[candidate].calibration, scoring

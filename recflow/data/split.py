@@ -36,6 +36,12 @@ _WHO = (
 Fact: TypeAlias = "str | int | float | bool | None"
 
 
+def window_keys(last_day: str, days: int) -> list[str]:
+    """Partition keys of the window of ``days`` days that ends with ``last_day``, oldest first."""
+    end = date.fromisoformat(last_day)
+    return [(end - timedelta(days=back)).isoformat() for back in reversed(range(days))]
+
+
 @dataclass(frozen=True, slots=True)
 class SplitConfig:
     """How a snapshot's window is cut.

@@ -33,12 +33,6 @@ def window_mapping(days: int) -> dg.TimeWindowPartitionMapping:
     )
 
 
-def window_keys(last_day: str, days: int) -> list[str]:
-    """Partition keys of the window of ``days`` days that ends with ``last_day``, oldest first."""
-    end = date.fromisoformat(last_day)
-    return [(end - timedelta(days=back)).isoformat() for back in reversed(range(days))]
-
-
 DAILY = daily_partitions(settings.first_day, settings.last_day)
 WINDOW = window_mapping(settings.window_days)
 # For what reads the newest of earlier days; the lineage shows a year of them.

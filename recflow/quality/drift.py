@@ -687,13 +687,28 @@ def _natural(label: str) -> tuple[int, str]:
     return (int(label), "") if label.isdecimal() else (-1, label)
 
 
-def at_most(rows: pl.DataFrame, config: DriftConfig) -> pl.DataFrame:
-    """At most ``config.most_impressions`` rows a day, in the order of day and impression."""
-    ordered = rows.sort(Rows.DAY, Rows.IMPRESSION)
+def at_most(
+    rows: pl.DataFrame,
+    config: DriftConfig,
+    *,
+    order: Sequence[str] = (Rows.DAY, Rows.IMPRESSION),
+    day: pl.Expr | None = None,
+    draw: str = "impressions",
+) -> pl.DataFrame:
+    """At most ``config.most_impressions`` rows a day; more are drawn at random.
+
+    Args:
+        rows: One row an impression.
+        config: How many, and the seed.
+        order: Columns by which the rows are put in order.
+        day: The day of a row; its column ``day`` unless told otherwise.
+        draw: Name of the draw.
+    """
     kept: list[pl.DataFrame] = []
-    for (day,), part in ordered.group_by([Rows.DAY], maintain_order=True):
+    by_day = pl.col(Rows.DAY) if day is None else day
+    for (key,), part in rows.sort(order).group_by([by_day], maintain_order=True):
         if part.height > config.most_impressions:
-            rng = make_rng(config.seed, "impressions", str(day))
+            rng = make_rng(config.seed, draw, str(key))
             chosen = rng.choice(part.height, config.most_impressions, replace=False)
             part = part[np.sort(chosen)]
         kept.append(part)

@@ -10,11 +10,11 @@ from zoneinfo import ZoneInfo
 import dagster as dg
 import pytest
 
+from recflow.data.split import window_keys
 from recflow.definitions import defs
 from recflow.defs.partitions import (
     daily_partitions,
     newest_complete_day,
-    window_keys,
     window_mapping,
 )
 

@@ -19,6 +19,7 @@ from recflow.adapters.keys import (
     VALIDATION,
 )
 from recflow.adapters.requirements import CATALOGUE_SAMPLE
+from recflow.data.split import window_keys
 from recflow.defs.common import (
     Rebuild,
     artifact_result,
@@ -31,7 +32,7 @@ from recflow.defs.common import (
 )
 from recflow.defs.hardware import model_asset
 from recflow.defs.models.assets import pretrained_spec
-from recflow.defs.partitions import WINDOW, window_keys
+from recflow.defs.partitions import WINDOW
 from recflow.defs.planned import plans_metadata
 from recflow.defs.resources import BaseModelResource, LogsResource, StoreResource, family, settings
 from recflow.defs.tracking import run_metadata, tracker_of

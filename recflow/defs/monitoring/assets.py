@@ -4,6 +4,7 @@ import dagster as dg
 from pydantic import Field
 
 from recflow.adapters.keys import CHAMPION, DRIFT, FEATURES_IMPRESSIONS, FEATURES_ITEMS
+from recflow.data.split import window_keys
 from recflow.defs.common import (
     Rebuild,
     artifact_result,
@@ -14,7 +15,7 @@ from recflow.defs.common import (
     link_to,
 )
 from recflow.defs.models.run_config import own_values, run_config
-from recflow.defs.partitions import EARLIER, WINDOW, window_keys
+from recflow.defs.partitions import EARLIER, WINDOW
 from recflow.defs.resources import RegistryResource, StoreResource, settings
 from recflow.hardware.requirements import POOL
 from recflow.quality.drift_config import DriftConfig

@@ -18,6 +18,7 @@ from recflow.data.split import (
     features_are_point_in_time,
     no_impression_in_two_splits,
     train_precedes_validation,
+    window_keys,
 )
 from recflow.defs.common import (
     OWNERS,
@@ -27,7 +28,7 @@ from recflow.defs.common import (
     code_version_of,
     table_metadata,
 )
-from recflow.defs.partitions import DAILY, WINDOW, window_keys
+from recflow.defs.partitions import DAILY, WINDOW
 from recflow.defs.resources import StoreResource, settings
 
 GROUP = "splits"

@@ -1,7 +1,8 @@
 """Bytes that a transformer layer keeps for its backward pass, tensor by tensor.
 
-The counts name what PyTorch saves in Hugging Face's layers with fused attention (Dao et al. 2022,
-https://arxiv.org/abs/2205.14135: no matrix of attention weights is kept). Korthikanti et al. 2022
+The counts name what PyTorch saves in Hugging Face's layers. Attention is fused (Dao et al. 2022,
+https://arxiv.org/abs/2205.14135: no matrix of attention weights is kept), but on processors that of
+short texts is not, see :mod:`recflow.modeling.attention`. Korthikanti et al. 2022
 (https://arxiv.org/abs/2205.05198, section 4.1) count a layer of GPT in the same way; layers here
 differ by precision (autocast keeps the residual stream in float32 and rounds the input of every
 matrix anew), by norms, gates, and by which weights learn. A test compares the counts with what
@@ -10,10 +11,11 @@ autograd saves, for every family.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from recflow.hardware.shape import EncoderShape
+from recflow.modeling.config import OPEN_ATTENTION_TOKENS
 
 _FLOAT: Final = 4
 _DECODERS: Final = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
@@ -26,18 +28,32 @@ class Saved:
     Attributes:
         per_token: Bytes a token, paddings included.
         per_pair: Bytes a pair of tokens of one text: attention weights, where they are kept.
+        open_tokens: Longest texts whose attention is not fused.
+        open_per_token: Bytes a token that their attention keeps beside, or less where negative.
+        open_per_pair: Bytes a pair of tokens of theirs.
     """
 
     per_token: float
     per_pair: float = 0.0
+    open_tokens: int = 0
+    open_per_token: float = 0.0
+    open_per_pair: float = 0.0
 
     def bytes(self, tokens: int, length: int) -> float:
         """Bytes of ``tokens`` in texts of ``length``."""
-        return tokens * (self.per_token + self.per_pair * length)
+        kept = self.per_token + self.per_pair * length
+        if length <= self.open_tokens:
+            kept += self.open_per_token + self.open_per_pair * length
+        return tokens * kept
 
 
 def layer_saves(
-    shape: EncoderShape, half: bool, *, weights_learn: bool = True, scales_learn: bool = True
+    shape: EncoderShape,
+    half: bool,
+    *,
+    weights_learn: bool = True,
+    scales_learn: bool = True,
+    open_attention: bool = True,
 ) -> Saved:
     """What one layer keeps, where its input wants a gradient.
 
@@ -47,12 +63,27 @@ def layer_saves(
         weights_learn: Whether the matrices' inputs are needed, for the gradient of their weights or
             of the low-rank matrices beside them; else gradients only pass through.
         scales_learn: Whether the scales of norms learn, which with low-rank matrices they do not.
+        open_attention: Whether attention of short texts is not fused in bfloat16, as on processors.
     """
     if shape.model_type == "modernbert":
-        return _modernbert(shape, half, weights_learn)
-    if shape.model_type in _DECODERS:
-        return _decoder(shape, half, weights_learn, weights_learn and scales_learn)
-    return _bert(shape, half, weights_learn)
+        saved = _modernbert(shape, half, weights_learn)
+        apart = -2 * shape.attention_width  # values alone are kept, not what they lay in
+    elif shape.model_type in _DECODERS:
+        saved = _decoder(shape, half, weights_learn, weights_learn and scales_learn)
+        # Keys and values are repeated for all queries that share them.
+        apart = 2 * (shape.attention_width - shape.key_value_width)
+    else:
+        saved, apart = _bert(shape, half, weights_learn), 0
+    if not (open_attention and half) or shape.model_type == "mpnet":
+        return saved
+    if not weights_learn:
+        apart -= shape.attention_width  # only the fused kernel needs what it made once more
+    return replace(
+        saved,
+        open_tokens=OPEN_ATTENTION_TOKENS,
+        open_per_token=2.0 * apart,
+        open_per_pair=2.0 * shape.heads,
+    )
 
 
 def adapter_saves(width: int, bottleneck: int, half: bool) -> float:

@@ -462,7 +462,9 @@ class _Run:
         pairs = sum(count * length * length for count, length in buckets)
         matrices = 2.0 * shape.matrix_parameters * tokens
         work.flops = shape.layers * (matrices + 4.0 * shape.attention_width * pairs)
-        work.bytes = shape.layers * layer_saves(shape, half).per_token * tokens * 1.5
+        saved = layer_saves(shape, half)
+        kept = sum(saved.bytes(count * length, length) for count, length in buckets)
+        work.bytes = shape.layers * kept * 1.5
         work.operators = shape.layers * 35 * len(buckets)
         return work
 

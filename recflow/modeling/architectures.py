@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from recflow.core.errors import ConfigError
+from recflow.modeling import attention
 from recflow.modeling.config import MOST_TOKENS
 
 LayerArguments = dict[str, Any]
 
-_SDPA: Mapping[str, Any] = MappingProxyType({"attn_implementation": "sdpa"})
+_ATTENTION: Mapping[str, Any] = MappingProxyType({"attn_implementation": attention.NAME})
 _SLIDING = "sliding_attention"
 
 
@@ -88,7 +89,7 @@ class Bidirectional:
     """What most families whose tokens see the whole text have in common."""
 
     causal: ClassVar[bool] = False
-    model_arguments: ClassVar[Mapping[str, Any]] = _SDPA
+    model_arguments: ClassVar[Mapping[str, Any]] = _ATTENTION
 
     def __init__(self, model: Any) -> None:
         """Take the model."""
@@ -128,7 +129,7 @@ class Bert(Bidirectional):
     """
 
     model_arguments: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {**_SDPA, "add_pooling_layer": False}
+        {**_ATTENTION, "add_pooling_layer": False}
     )
 
     def __init__(self, model: Any) -> None:
@@ -171,7 +172,7 @@ class Bert(Bidirectional):
 class Electra(Bert):
     """BERT's layers over embeddings that may be narrower than they are."""
 
-    model_arguments: ClassVar[Mapping[str, Any]] = _SDPA
+    model_arguments: ClassVar[Mapping[str, Any]] = _ATTENTION
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input of the lowest layer ``[texts, tokens, width]`` of ids ``[texts, tokens]``."""
@@ -247,7 +248,7 @@ class Decoder:
     """
 
     causal: ClassVar[bool] = True
-    model_arguments: ClassVar[Mapping[str, Any]] = _SDPA
+    model_arguments: ClassVar[Mapping[str, Any]] = _ATTENTION
 
     def __init__(self, model: Any) -> None:
         """Refuse the bidirectional variants, whose mask is another one."""

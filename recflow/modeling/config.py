@@ -26,6 +26,13 @@ SYNCHRONISATIONS: Final = ("every_step", "local_sgd")
 
 MOST_TOKENS = 512
 
+OPEN_ATTENTION_TOKENS: Final = 128
+"""Most tokens of a text whose attention is not fused where processors train in bfloat16.
+
+See :mod:`recflow.modeling.attention`. The open way is the faster one beyond as well, but its
+weights would need more memory than all else that a layer keeps.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class TuningConfig:
@@ -203,6 +210,8 @@ class SpeedConfig:
             them on disk.
         max_cache_bytes: Most disk for them.
         precision: ``bf16`` autocast, ``fp32``, or ``auto``: bf16 where the processor has it.
+        open_attention: Attention of short texts as two products with a softmax between them
+            instead of PyTorch's fused kernel, where a processor trains in bfloat16.
         batching: ``overlapping`` puts impressions that are close in time into one batch, whose
             items then repeat; ``random`` does not.
         max_texts_per_step: Distinct items encoded with gradient in a step, the others keep the
@@ -219,6 +228,7 @@ class SpeedConfig:
     cache_hidden_states: bool = True
     max_cache_bytes: int = 8 * 1024**3
     precision: str = "auto"
+    open_attention: bool = True
     batching: str = "random"
     max_texts_per_step: int = 256
     micro_batches: int = 1

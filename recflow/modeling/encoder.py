@@ -29,6 +29,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from recflow.core.errors import ArtifactError, ConfigError
+from recflow.modeling import attention
 from recflow.modeling.architectures import (
     Architecture,
     Bert,
@@ -202,6 +203,16 @@ class TextEncoder(nn.Module):
     def use_checkpointing(self, on: bool) -> None:
         """Recompute each layer's activations in the backward pass instead of keeping them."""
         self._checkpointing = on
+
+    @property
+    def attends_openly(self) -> bool:
+        """Whether attention of short texts is not fused; see :mod:`recflow.modeling.attention`."""
+        return self.config._attn_implementation == attention.NAME
+
+    def use_open_attention(self, on: bool) -> None:
+        """Choose between open and fused attention, where the family has both."""
+        if self.config._attn_implementation in (attention.NAME, attention.FUSED):
+            self.config._attn_implementation = attention.NAME if on else attention.FUSED
 
     def compile_layers(self, start: int) -> None:
         """Compile the layers from ``start`` on with ``torch.compile``, for any number of tokens.

@@ -42,7 +42,7 @@ from recflow.core.errors import ArtifactError, ConfigError, TransientError
 from recflow.modeling.encoder import TextEncoder, weights_digest
 from recflow.modeling.texts import Rows
 
-_LAYOUT: Final = "1"  # part of the key: raise it when states or files change
+_LAYOUT: Final = "2"  # part of the key: raise it when states or files change
 _KEY: Final = re.compile("[0-9a-f]{64}")
 _SUFFIX: Final = ".safetensors"
 _HASH_BYTES: Final = 16
@@ -321,7 +321,9 @@ class _Computer:
         self._encoder, self._layer, self._precision = encoder, layer, precision
         self._device = next(encoder.parameters()).device
         self.empty = torch.empty((0, encoder.width), dtype=_DTYPES[precision])
-        parts = [_LAYOUT, weights_digest(encoder, layer), str(layer), precision, self._device.type]
+        kind = "open" if encoder.attends_openly else "fused"
+        parts = [_LAYOUT, weights_digest(encoder, layer), str(layer), precision, kind]
+        parts.append(self._device.type)
         self.key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property

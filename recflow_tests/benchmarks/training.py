@@ -37,6 +37,7 @@ TEXTBOOK: Final[dict[str, object]] = {
     "speed.length_buckets": False,
     "speed.cache_hidden_states": False,
     "speed.precision": "fp32",
+    "speed.open_attention": False,
     "speed.max_texts_per_step": 0,
     "speed.prefetch_batches": 0,
 }
@@ -47,6 +48,7 @@ STEPS: Final[tuple[tuple[str, dict[str, object], int], ...]] = (
     ("dynamic padding", {"speed.dynamic_padding": True}, 128),
     ("length buckets", {"speed.length_buckets": True}, 128),
     ("bf16 where native", {"speed.precision": "auto"}, 256),
+    ("open attention", {"speed.open_attention": True}, 256),
     ("last two layers", {"tuning.strategy": "top_k_layers", "tuning.tuned_layers": 2}, 512),
     ("hidden states kept", {"speed.cache_hidden_states": True}, 1024),
     ("256 clicks a step", {"schedule.encoder_batch_size": 256}, 2048),

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel
 
 from recflow.hardware.activations import Saved, adapter_saves, layer_saves
 from recflow.hardware.shape import EncoderShape
+from recflow.modeling import attention
 from recflow.modeling.architectures import find_architecture
 from recflow.modeling.config import TuningConfig
 from recflow.modeling.encoder import TextEncoder, mixed_precision
@@ -91,16 +92,16 @@ def measured(family: str, strategy: str, half: bool) -> float:
 def test_counts_are_what_autograd_keeps(family: str, half: bool) -> None:
     shape = EncoderShape.from_config(config_of(family).to_dict())
     counted = layer_saves(shape, half)
-    planned = counted.per_token + counted.per_pair * TOKENS
+    planned = counted.bytes(TOKENS, TOKENS) / TOKENS
     assert planned == pytest.approx(measured(family, "top_k_layers", half), rel=0.03)
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama", "qwen3"])
 def test_frozen_weights_keep_less(family: str) -> None:
     shape = EncoderShape.from_config(config_of(family).to_dict())
-    passing = layer_saves(shape, False, weights_learn=False).per_token
+    passing = layer_saves(shape, False, weights_learn=False).bytes(TOKENS, TOKENS) / TOKENS
     adapter = adapter_saves(WIDTH, BOTTLENECK, False)
-    assert passing < layer_saves(shape, False).per_token
+    assert passing < layer_saves(shape, False).bytes(TOKENS, TOKENS) / TOKENS
     assert passing + adapter == pytest.approx(measured(family, "adapters", False), rel=0.05)
 
 
@@ -108,10 +109,26 @@ def test_frozen_weights_keep_less(family: str) -> None:
 def test_low_rank_matrices_keep_their_narrow_products(family: str) -> None:
     shape = EncoderShape.from_config(config_of(family).to_dict())
     matrices = {"bert": 6, "modernbert": 4}.get(family, 7)
-    planned = layer_saves(shape, False, scales_learn=False).per_token + 4 * matrices * RANK
+    layer = layer_saves(shape, False, scales_learn=False).bytes(TOKENS, TOKENS) / TOKENS
+    planned = layer + 4 * matrices * RANK
     assert planned == pytest.approx(measured(family, "lora", False), rel=0.05)
 
 
 def test_pairs_count_where_attention_is_not_fused() -> None:
     # 10 tokens in texts of 5: 10 × 3 bytes of tokens and 10 × 5 × 2 of pairs.
     assert Saved(3.0, 2.0).bytes(10, 5) == 130
+    opened = Saved(3.0, open_tokens=5, open_per_token=1.0, open_per_pair=2.0)
+    assert [opened.bytes(12, length) for length in (5, 6)] == [12 * (3 + 1 + 10), 12 * 3]
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this processor does not multiply bfloat16")
+@pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3"])
+def test_long_texts_keep_no_weights_of_attention(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = EncoderShape.from_config(config_of(family).to_dict())
+    monkeypatch.setattr(attention, "_LONGEST", {torch.bfloat16: TOKENS - 1})
+    fused = layer_saves(shape, True, open_attention=False)
+    assert fused.bytes(TOKENS, TOKENS) / TOKENS == pytest.approx(
+        measured(family, "top_k_layers", True), rel=0.03
+    )

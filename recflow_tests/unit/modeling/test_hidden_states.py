@@ -117,7 +117,7 @@ def test_equal_texts_are_computed_once(encoder: TextEncoder, tmp_path: Path) -> 
     assert torch.equal(states.gather(np.array([0])), states.gather(np.array([2])))
 
 
-def test_key_is_of_weights_layer_and_precision(
+def test_key_is_of_weights_layer_precision_and_attention(
     encoder: TextEncoder, base_model: Path, tmp_path: Path
 ) -> None:
     tokens = make_tokens(5)
@@ -135,6 +135,9 @@ def test_key_is_of_weights_layer_and_precision(
     assert fill(tmp_path, changed, tokens).reused == len(tokens)  # layer 1 is not below layer 1
     assert fill(tmp_path, changed, tokens, layer=2).computed == len(tokens)
     assert keys() == 4
+    changed.use_open_attention(False)
+    assert fill(tmp_path, changed, tokens, layer=2).computed == len(tokens)
+    assert keys() == 5
 
 
 def test_segments_are_bounded_and_all_of_them_are_read(

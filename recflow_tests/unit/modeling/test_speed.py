@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AttentionInterface
 
 from recflow.core.errors import ConfigError
+from recflow.modeling import attention
 from recflow_tests.unit.modeling.conftest import TrainTiny
 from recflow_tests.unit.modeling.test_distribution import Losses
 
@@ -40,6 +42,7 @@ def losses(
         {"speed.dynamic_padding": False},
         {"speed.length_buckets": False},
         {"speed.cache_hidden_states": False},
+        {"speed.open_attention": False},
         {"speed.micro_batches": 3},
         {"speed.gradient_checkpointing": True},
         {"speed.prefetch_batches": 0},
@@ -63,6 +66,21 @@ def test_a_switch_changes_no_loss(
     report = train_tiny(tmp_path, EXACT | {"tuning.strategy": strategy} | switch, tracker=heard)
     np.testing.assert_allclose(list(heard.by_step.values()), losses[strategy], atol=2e-4)
     assert report.precision == "fp32"
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_attention_is_the_one_that_was_asked_for(
+    on: bool, train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    opened = attention.attend
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping,
+        attention.NAME,
+        lambda *given, **others: (calls.append(1), opened(*given, **others))[1],
+    )
+    train_tiny(tmp_path, EXACT | {"speed.open_attention": on})
+    assert bool(calls) is on
 
 
 def test_fewer_texts_a_step_are_encoded(train_tiny: TrainTiny, tmp_path: Path) -> None:

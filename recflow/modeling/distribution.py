@@ -208,9 +208,12 @@ def without_gradients(model: nn.Module, *task: Any) -> Any:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU of a tensor that may be spread over processes; all must ask for it."""
+    """A tensor that may be spread over processes, whole and on the CPU; all must ask for it.
+
+    One that is whole on the CPU already is returned as it is, not copied.
+    """
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().cpu().clone()
+    return full.detach().cpu()
 
 
 def fill(target: Tensor, value: Tensor) -> None:

@@ -236,6 +236,7 @@ class TrainingRun:
             raise ConfigError.of("precision", "bf16", f"auto or fp32 on this {self._device.type}")
         self._precision = "bf16" if bf16 else "fp32"
         self._encoder.to(self._device)
+        self._encoder.use_open_attention(config.speed.open_attention)
         self._states = self._hidden_states(cache_directory)
         if self._learning and config.speed.compile:
             self._encoder.compile_layers(self._tuning.constant_layers or 0)
@@ -379,6 +380,7 @@ class TrainingRun:
             if progress.step < steps and self._is_checkpoint_due():
                 self._save_checkpoint(optimiser)
         bar.close()
+        optimiser.clear()  # nothing needs the last gradients, and validation needs room
         if local:
             self._average(optimiser)
         validated = time.monotonic()
@@ -413,6 +415,10 @@ class TrainingRun:
                     loss = loss + penalty / team.size
                 # Wrapped models average gradients; the parts of a loss are to be added.
                 (loss if self._local_sgd else loss * team.size).backward()
+            if not is_last:
+                # Parts are there to save memory, and no two are alike: the next one would lie
+                # beside the holes that this one leaves.
+                release_memory()
         loss_of_step = value.item() if self._local_sgd else team.sum([value.item()])[0]
         impressions = [number for part in parts for number in part.impressions.tolist()]
         where = f"step {progress.steps + 1} ({phase.name}), impressions {impressions}"
@@ -447,7 +453,8 @@ class TrainingRun:
         if not progress.best_epoch or gain > 0:
             progress.best_epoch, progress.best_validation = len(progress.epochs), report.validation
             progress.epochs_without_gain = 0
-            self._best = self._weights()
+            self._best.clear()  # before its successor is there: it is as large as the weights
+            self._best = {name: value.clone() for name, value in self._weights().items()}
         else:
             progress.epochs_without_gain += 1
         metric = f"validation_{self._config.schedule.primary_metric}"
@@ -613,7 +620,7 @@ class TrainingRun:
         logger.info("resuming at step %d", self._progress.steps)
 
     def _weights(self) -> dict[str, Tensor]:
-        """Whole copies of everything that learns, and of the user model's scales."""
+        """Everything that learns and the user model's scales, whole, and not always copies."""
         learning = {f"encoder.{name}" for name in self._learning}
         return {
             name: whole(value)

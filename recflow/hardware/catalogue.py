@@ -91,6 +91,7 @@ _Date = Annotated[
 _LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?$")]
 _LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?)?$")]
 _Instance = Annotated[str, Field(pattern=r"^[a-z0-9-]+:\S+$")]
+_Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
 class _PriceEntry(_Strict):
@@ -126,6 +127,11 @@ class _Entry(_Strict):
         tuple[_Instance, ...],
         BeforeValidator(_pairs),
         Field(description="a list of machines as provider:name"),
+    ] = ()
+    processor: Annotated[
+        tuple[_Word, ...],
+        BeforeValidator(_pairs),
+        Field(description="a list of words of /proc/cpuinfo: vendor, family-N, flags"),
     ] = ()
 
 
@@ -248,6 +254,7 @@ def _device(file: str, name: object, entry: Mapping[str, Any]) -> Device:
         source=checked.source.strip(),
         node_labels=dict(checked.node_labels),
         instances=checked.instances,
+        processor=checked.processor,
     )
 
 

@@ -44,6 +44,8 @@ class Device:
         cores: Processor cores of that machine (virtual ones, as clouds count them).
         node_labels: Kubernetes labels of nodes that have it.
         instances: Machines of clouds that have one, as ``provider:name``.
+        processor: Words that tell a CPU class' processors from others: the vendor, ``family-26``,
+            and flags, as ``/proc/cpuinfo`` has them. None for any processor.
         price: What an hour costs.
         source: Data sheet of memory, bandwidth and rates.
     """
@@ -61,6 +63,7 @@ class Device:
     source: str
     node_labels: Mapping[str, str] = field(default_factory=lambda: {})
     instances: tuple[str, ...] = ()
+    processor: tuple[str, ...] = ()
 
     @property
     def is_gpu(self) -> bool:

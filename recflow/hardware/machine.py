@@ -69,7 +69,8 @@ def this_machine(
     """This machine as a device.
 
     Memory and cores are its own. Rates, power and price are those of the catalogue's class: for a
-    GPU its model, for a CPU the class of the nearest number of cores, times the ratio of cores.
+    GPU its model; for a CPU, of the classes of its kind of processor (of all, where none is of its
+    kind), the one of the nearest number of cores, times the ratio of cores.
 
     Args:
         catalogue: The classes; ``None`` for the catalogue that recflow comes with.
@@ -87,9 +88,9 @@ def this_machine(
     if accelerator is not None:
         return _this_gpu(catalogue, accelerator)
     cores, memory = usable_cores(), host_memory() / GIB
-    kind = min(
-        _classes(catalogue, "cpu"), key=lambda each: (abs(math.log(each.cores / cores)), each.cores)
-    )
+    classes, words = _classes(catalogue, "cpu"), processor_words()
+    alike = [each for each in classes if each.processor and words.issuperset(each.processor)]
+    kind = min(alike or classes, key=lambda each: (abs(math.log(each.cores / cores)), each.cores))
     ratio = cores / kind.cores
     rates: dict[Precision, float] = {name: rate * ratio for name, rate in kind.teraflops.items()}
     if not (multiplies_bfloat16() if bf16 is None else bf16):
@@ -154,12 +155,26 @@ def usable_cores() -> int:
 
 def multiplies_bfloat16(processors: Path = _PROCESSORS) -> bool:
     """Whether the processor says that it multiplies bfloat16; ``False`` where nothing is said."""
+    return not _BF16_FLAGS.isdisjoint(processor_words(processors))
+
+
+def processor_words(processors: Path = _PROCESSORS) -> frozenset[str]:
+    """What the first processor says of itself: its vendor, ``family-26``, its flags.
+
+    Nothing where the operating system does not write it to a file, as Linux does.
+    """
     try:
         text = processors.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return bool(flags and _BF16_FLAGS & set(flags[1].split()))
+        return frozenset()
+    found: set[str] = set()
+    for line in text.split("\n\n")[0].splitlines():
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key == "cpu family":
+            found.add(f"family-{value}")
+        elif key in ("vendor_id", "flags", "Features"):
+            found |= set(value.split())
+    return frozenset(found)
 
 
 def memory_limits(

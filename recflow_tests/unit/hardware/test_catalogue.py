@@ -46,7 +46,7 @@ def test_knows_the_devices_of_the_field() -> None:
     devices = load_catalogue()
     assert [device.name for device in devices.values() if device.is_gpu] == expected
     assert [name for name in devices if name not in expected] == [
-        "cpu-2", "cpu-8", "cpu-16", "cpu-8-amx",
+        "cpu-2", "cpu-8", "cpu-16", "cpu-2-zen4", "cpu-8-zen4", "cpu-8-amx",
     ]  # fmt: skip
 
 
@@ -192,6 +192,10 @@ def test_what_is_not_named_stays(
             "node_labels.kubernetes.io/arch = 'a b' is not allowed",
         ),
         ({"instances": ["g6"]}, "instances.0 = 'g6' is not allowed; allowed: a list of machines"),
+        (
+            {"processor": ["cpu family"]},
+            "processor.0 = 'cpu family' is not allowed; allowed: a list",
+        ),
     ],
 )
 def test_impossible_values_are_one_sentence(

@@ -18,6 +18,7 @@ from recflow.hardware.machine import (
     memory_limits,
     multiplies_bfloat16,
     own_memory,
+    processor_words,
     this_machine,
     usable_cores,
 )
@@ -169,6 +170,37 @@ def test_this_machine_scales_the_nearest_class(monkeypatch: pytest.MonkeyPatch) 
     assert here.name == "this-machine"
     monkeypatch.setattr(machine, "usable_cores", lambda: 30)
     assert "class cpu-32" in this_machine(CATALOGUE, bf16=True).source
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({"AuthenticAMD", "family-26", "avx512_bf16"}, "zen5-16"),
+        ({"AuthenticAMD", "family-25"}, "zen4-64"),  # its kind counts more than its size
+        ({"GenuineIntel", "family-6", "amx_bf16"}, "any-8"),  # none of its kind: any, by size
+        (set(), "any-8"),
+    ],
+)
+def test_this_machine_is_of_the_class_of_its_processor(
+    words: set[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = (
+        device("zen5-2", "cpu", 2, processor=("AuthenticAMD", "family-26")),
+        device("zen5-16", "cpu", 16, processor=("AuthenticAMD", "family-26")),
+        device("zen4-64", "cpu", 64, processor=("AuthenticAMD", "family-25")),
+        device("any-8", "cpu", 8),
+    )
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
+    monkeypatch.setattr(machine, "processor_words", lambda: frozenset(words))
+    here = this_machine({each.name: each for each in classes}, bf16=True)
+    assert f"class {expected}" in here.source
+
+
+def test_a_processor_is_known_by_vendor_family_and_flags(tmp_path: Path) -> None:
+    text = "processor : 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags : fpu sse\n"
+    (tmp_path / "cpuinfo").write_text(f"{text}\nprocessor : 1\nflags : other\n")
+    words = processor_words(tmp_path / "cpuinfo")
+    assert words == {"AuthenticAMD", "family-26", "fpu", "sse"}
 
 
 def test_a_precision_that_the_processor_lacks_is_not_promised(

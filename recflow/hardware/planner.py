@@ -127,6 +127,7 @@ class _Training:
         self.keeps_states = config.speed.cache_hidden_states and self.constant_layers > 0
         self.processes = config.distribution.processes
         self.micro = max(1, config.speed.micro_batches)
+        self.opens_attention = config.speed.open_attention and not device.is_gpu
         self.learns = self.learning_layers > 0 and config.schedule.encoder_epochs > 0
 
     # ------------------------------------------------------------------ weights
@@ -195,8 +196,11 @@ class _Training:
 
     @property
     def items_per_part(self) -> float:
-        """Items that one micro-batch indexes: distinct ones, or every occurrence."""
-        clicks = self.clicks_per_step / self.micro
+        """Items that one micro-batch of the encoder's phase indexes."""
+        return self.items_of(self.clicks_per_step / self.micro)
+
+    def items_of(self, clicks: float) -> float:
+        """Items that so many clicks index together: distinct ones, or every occurrence."""
         history = min(self.workload.history, self.config.user_model.history_length)
         draws = clicks * (history + self.candidates_per_click)
         if not self.config.speed.distinct_items:
@@ -232,6 +236,7 @@ class _Training:
             self.half,
             weights_learn=self.strategy != "adapters",
             scales_learn=self.strategy in ("top_k_layers", "full"),
+            open_attention=self.opens_attention,
         )
         one_layer = sum(saved.bytes(texts * length, length) for texts, length in buckets)
         layers = self.learning_layers
@@ -291,9 +296,6 @@ class _Training:
             return Memory(_rounded(parts))
         # Once the moments of AdamW are there, they stay; before, the texts are encoded once.
         moments["hidden states"] = self._held(optimiser=False) | self._filling()
-        moments["saving"] = self._held() | {
-            "temporary": _FLOAT * (self.shape.parameters + self.added_parameters)
-        }
         held = {
             name: self._on_host(parts, learns=name != "hidden states")
             for name, parts in moments.items()
@@ -481,37 +483,76 @@ class _Training:
         buckets = self.buckets(texts) if padded else [(texts, round(self.lengths.mean))]
         work = Work()
         weights_learn = self.strategy in ("top_k_layers", "full")
+        again = backward and self.config.speed.gradient_checkpointing
+        # Layers that gradients reach the input of. Nothing below the lowest one wants them, unless
+        # the embeddings learn; with adapters, nothing below the lowest adapter.
+        reached = layers if self.strategy == "full" else layers - 1
+        first = shape.width * (shape.attention_width + 2.0 * shape.key_value_width)
         for count, length in buckets:
             tokens = count * length
-            matrices = 2.0 * shape.matrix_parameters * tokens
-            attention = 4.0 * length * shape.attention_width * tokens
-            passes = 1.0
+            matrices = shape.matrix_parameters * layers
+            passes = matrices * (2.0 if again else 1.0)
             if backward:
-                passes += 2.0 if weights_learn else 1.0
-                if self.config.speed.gradient_checkpointing:
-                    passes += 1.0
-            work.flops += layers * (matrices * passes + attention * (3.5 if backward else 1.0))
-            saved = layer_saves(shape, self.half)
-            work.bytes += layers * saved.bytes(tokens, length) * (4.0 if backward else 1.5)
-            beside = self._moved_beside(tokens, constant=constant)
-            work.bytes += layers * beside * (3.0 if backward else 1.0)
-            work.operators += layers * (120 if backward else 35)
+                passes += matrices if weights_learn else 0.0
+                passes += shape.matrix_parameters * reached
+                if reached < layers and self.strategy != "adapters":
+                    passes += shape.matrix_parameters - first
+            work.flops += 2.0 * passes * tokens
+            attention = 4.0 * length * shape.attention_width * tokens
+            work.flops += (
+                layers * attention * ((3.5 if backward else 1.0) + (1.0 if again else 0.0))
+            )
+            saved = layer_saves(shape, self.half, open_attention=self.opens_attention)
+            moved = (4.0 if backward else 1.5) + (1.5 if again else 0.0)
+            work.bytes += layers * saved.bytes(tokens, length) * moved
+            work.bytes += layers * self._moved_beside(tokens, constant=constant, backward=backward)
+            work.operators += layers * ((120 if backward else 35) + (35 if again else 0))
+        batches = len(buckets) if padded else math.ceil(texts * self.lengths.mean / _FILL_TOKENS)
+        if not padded:
+            work.operators *= batches
+        if backward and weights_learn:
+            work.bytes += self._gradients_moved(batches)
+        elif self.half:
+            # Autocast keeps the rounded matrices of those alone that learn.
+            work.bytes += batches * layers * shape.matrix_parameters * (_FLOAT + _HALF)
         return work
 
-    def _moved_beside(self, tokens: float, *, constant: bool) -> float:
-        """Bytes that one layer moves forwards for nothing that is kept.
+    def _gradients_moved(self, buckets: int) -> float:
+        """Bytes moved for the gradients of weights, beside those of activations.
+
+        Each batch of texts makes gradients of all weights that learn, and all but the first are
+        added to what is there: two read, one written. Under autocast matrices are rounded once a
+        step, and their gradients are widened. That of the token table is as large as the table,
+        however few tokens there were.
+        """
+        matrices = self.learning_layers * self.shape.matrix_parameters
+        table = self.shape.embedding_parameters if self.strategy == "full" else 0
+        added = 3.0 * _FLOAT * (buckets - 1)
+        moved = matrices * added + table * (added + _FLOAT * buckets)
+        if self.half:
+            moved += matrices * (_FLOAT + _HALF) * (1 + buckets)
+        return moved
+
+    def _moved_beside(self, tokens: float, *, constant: bool, backward: bool) -> float:
+        """Bytes that one layer moves for nothing that is kept.
 
         Rotating queries and keys goes over them ten times (negate, join, two products, a sum), in
-        float32. A low-rank matrix adds to the output of its matrix: its input is read, rounded and
-        taken to few numbers; what these make is scaled and added, about 12 bytes for each number
-        of the two ends.
+        float32, and twice as often backwards. A low-rank matrix adds to the output of its matrix:
+        its input is rounded and taken to few numbers; what these make is written, scaled, and
+        added. Backwards the same is read and made again, and the input's gradient is widened and
+        added to that of the matrix.
         """
         shape, moved = self.shape, 0.0
         if shape.is_rotated:
-            moved += 10.0 * _FLOAT * (shape.attention_width + shape.key_value_width)
+            rotated = 10.0 * _FLOAT * (shape.attention_width + shape.key_value_width)
+            moved += rotated * (3.0 if backward else 1.0)
         if self.strategy in ("lora", "adalora") and not constant:
             w, a, k, c = shape.width, shape.attention_width, shape.key_value_width, shape.channels
-            moved += 12.0 * sum(self._matrix_ends(w, a, k, c))
+            # Of a number of inputs and outputs together: they are as many in a layer.
+            forwards, backwards = (10.0, 15.0) if self.half else (14.0, 18.0)
+            moved += (forwards + (backwards if backward else 0.0)) * sum(
+                self._matrix_ends(w, a, k, c)
+            )
         return moved * tokens
 
     def _encoder_step(self) -> Work:
@@ -522,20 +563,31 @@ class _Training:
                 layers = self.constant_layers
                 work.add(self._encode(self.texts_per_part, layers, backward=False, constant=True))
         work.add(self._user_step(self.clicks_per_step))
-        # AdamW reads and writes weights, gradients and two moments, about ten passes.
+        # AdamW reads weights, gradients and two moments and writes all but the gradients, of which
+        # the norm was taken and which were scaled before: ten passes.
         work.bytes += 10 * _FLOAT * self.learning_parameters
+        if self.strategy == "adalora":
+            # Importances and their means of three matrices, distances from orthogonal ones.
+            kinds = len(self._matrix_ends(1, 1, 1, 1))
+            work.operators += 120 * kinds * self.learning_layers
         return work
 
-    def _user_step(self, clicks: int) -> Work:
+    def _user_step(self, clicks: float) -> Work:
+        work = Work(operators=100)
+        for _ in range(self.micro):
+            work.add(self._user_part(clicks / self.micro))
+        return work
+
+    def _user_part(self, clicks: float) -> Work:
         history, width = self.config.user_model.history_length, self.shape.width
         candidates = self.candidates_per_click
         work = Work()
-        items = self.items_per_part * clicks / self.clicks_per_step
+        items = self.items_of(clicks)
         work.float_flops = 6.0 * items * width * (width + _HEAD_WIDTH)
         work.float_flops += 6.0 * clicks * history * candidates * width
         gathered = clicks * (history + candidates) * width + clicks * history * candidates * 12
         work.bytes = 6.0 * _FLOAT * (gathered + items * width * 4 + self.head_parameters * 3)
-        work.operators = 300
+        work.operators = 200
         return work
 
     def _score(self, pairs: float) -> Work:

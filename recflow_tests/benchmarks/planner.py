@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from recflow.adapters.planning import PEAK_MEMORY, PlannedTraining, measured_beside
+from recflow.adapters.planning import PEAK_MEMORY, WHOLE, PlannedTraining, measured_beside
 from recflow.core.artifacts import write_text_atomically
 from recflow.hardware.calibration import Calibration, default_calibration, save_calibration
 from recflow.hardware.plan import Measured
@@ -33,7 +33,7 @@ from recflow.modeling.config import TrainingConfig, with_values
 from recflow.modeling.reports import TrainingReport
 from recflow.modeling.texts import TOKENIZER_NAME
 from recflow_tests.benchmarks.estimators import Run, estimate_all
-from recflow_tests.benchmarks.processes import in_own_process, train_here
+from recflow_tests.benchmarks.processes import in_own_process, others_share, train_here
 
 if TYPE_CHECKING:
     from recflow.settings import Settings
@@ -197,7 +197,9 @@ class Compared:
         name: The configuration in words.
         memory: Peak memory in bytes.
         steps: Seconds of a step, by phase.
+        whole: Seconds of all that was done, loading of the process left out.
         context: Bytes that the process would hold without the training, as planned.
+        busy: Share of the processors' time that others took while it was measured.
         others: What other tools say of the memory, by tool and reading; ``None`` where they cannot.
     """
 
@@ -205,7 +207,9 @@ class Compared:
     name: str
     memory: Measured
     steps: dict[str, Measured]
+    whole: Measured
     context: int
+    busy: float
     others: dict[str, int | None]
 
 
@@ -283,14 +287,17 @@ def compare(
         settings: The deployment whose newest snapshot is trained on.
         threads: Threads of the trainings.
         calibration: What ``recflow probe`` found on this machine.
-        results: Reports by configuration; what is missing is measured and put there.
+        results: ``report`` by configuration, and ``others``, see :func:`others_share`; what is
+            missing is measured and put there.
         keys: The configurations; see :func:`key_of`.
     """
     for planned in _plans(settings, threads, calibration, results, keys):
         key, plan = key_of(planned.encoder, planned.name), planned.plan.plan
         if key not in results:
-            results[key] = in_own_process(__spec__.name, "--measure", planned.job)
-        report = TrainingReport.from_dict(results[key])
+            others = others_share()
+            report = in_own_process(__spec__.name, "--measure", planned.job)
+            results[key] = {"report": report, "others": others()}
+        report = TrainingReport.from_dict(results[key]["report"])
         rows = {row.name: row for row in measured_beside(plan, report)}
         yield Compared(
             planned.encoder,
@@ -301,7 +308,9 @@ def compare(
                 for phase in ("head", "encoder")
                 if f"{phase} step" in rows
             },
+            whole=rows[WHOLE],
             context=plan.memory.parts["context"],
+            busy=results[key]["others"],
             others=_others(planned.base, planned.config, planned.plan),
         )
 
@@ -316,7 +325,7 @@ def fitted(settings: Settings, threads: int, results: Mapping[str, Any]) -> Cali
             plan.shape, planned.config, plan.workload, device, default_calibration(device)
         )
         half = planned.config.speed.precision != "fp32" and device.supports("bf16")
-        report = results[key_of(planned.encoder, planned.name)]
+        report = results[key_of(planned.encoder, planned.name)]["report"]
         timed += timed_stages(report, works, plan.shape.width, half)
     if not timed:
         raise SystemExit("no configuration that times are fitted to was measured yet; see --seen")
@@ -396,6 +405,7 @@ _ERRORS: Final[dict[str, Callable[[Compared], float | None]]] = {
     "peak memory less what the process holds anyway": _own_memory,
     "head step": _step("head"),
     "encoder step": _step("encoder"),
+    "whole training": lambda row: row.whole.error,
 }
 
 
@@ -515,6 +525,10 @@ def main(arguments: list[str] | None = None) -> None:
             write_text_atomically(file, json.dumps(results))
     for lines in (summary(rows), groups_table(rows), others_table(rows)):
         print("", *lines, sep="\n")
+    if rows:
+        shares = [row.busy for row in rows]
+        middle, most = statistics.median(shares), max(shares)
+        print(f"\nOther programs took of the processors: median {middle:.1%}, at most {most:.1%}")
 
 
 if __name__ == "__main__":

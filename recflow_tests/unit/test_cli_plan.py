@@ -63,8 +63,8 @@ def test_the_table_is_readable_in_a_pipe(
     for part in ("weights", "gradients", "optimiser states", "activations", "context"):
         assert re.search(rf"^ {part} .*\d\.\d\d", out, re.MULTILINE)
     assert "Choice: " in out
-    assert "Training factors measured on such devices: cpu-2" in out
-    assert "Training factors assumed: t4" in out
+    assert "Training factors measured on such devices: cpu-2-zen4, cpu-8-zen4." in out
+    assert "Training factors assumed: cpu-2, cpu-8, cpu-16, cpu-8-amx, t4" in out
 
 
 def test_what_does_not_fit_says_why_and_what_would_help(
@@ -104,7 +104,7 @@ def test_json_says_everything(
         assert sum(each["training"]["memory_parts"].values()) == plan.memory.total
         assert each["fits"] == plan.fits
         assert each["price"]["usd_per_hour"] == device.price.usd_per_hour
-        assert each["factors"]["measured"] == (device.kind == "cpu")
+        assert each["factors"]["measured"] == each["name"].endswith("-zen4")
         assert each["training"]["usd"] >= chosen["training"]["usd"]
         assert (each["shortage"], each["refused"]) == (None, None)
         served = plan_inference(
